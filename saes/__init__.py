@@ -1,0 +1,46 @@
+"""Sparse autoencoders: module, sparse kernels, training, splicing, evaluation, feature index.
+
+Exports are lazy: browsing an index does not import torch, and nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "SAE": "saes.sae",
+    "Codes": "saes.codes",
+    "SAEConfig": "saes.config",
+    "TrainConfig": "saes.config",
+    "train": "saes.training",
+    "TrainResult": "saes.training",
+    "attach": "saes.splice",
+    "evaluate": "saes.evaluation",
+    "build_index": "saes.indexing",
+    "FeatureIndex": "saes.queries",
+    "presets": "saes.presets",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from saes import presets as presets
+    from saes.splice import attach as attach
+    from saes.codes import Codes as Codes
+    from saes.config import SAEConfig as SAEConfig
+    from saes.config import TrainConfig as TrainConfig
+    from saes.evaluation import evaluate as evaluate
+    from saes.indexing import build_index as build_index
+    from saes.queries import FeatureIndex as FeatureIndex
+    from saes.sae import SAE as SAE
+    from saes.training import TrainResult as TrainResult
+    from saes.training import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'saes' has no attribute {name!r}")
+    module = importlib.import_module(_EXPORTS[name])
+    value = module if name == "presets" else getattr(module, name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,47 @@
+"""Initial weights (Gao et al. 2024): tied random unit directions, b_dec at the geometric median, one encoder scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saes.kernels import decode_rows, top_pre_activations
+from saes.sae import SAE
+
+MEDIAN_ROWS = 8192
+
+
+def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """Point `[d]` with the least summed distance to the rows of x `[N, d]` (Weiszfeld, float64).
+
+    Distances are kept above 1e-12 of the spread: without it the iteration divides by zero on a data point.
+    """
+    x = x.double()
+    m = x.mean(0)
+    floor = (x - m).norm(dim=1).mean() * 1e-12 + 1e-300
+    for _ in range(iterations):
+        w = 1 / (x - m).norm(dim=1).clamp_min(floor)
+        new = (w[:, None] * x).sum(0) / w.sum()
+        if (new - m).norm() <= tolerance * floor / 1e-12:
+            return new.float()
+        m = new
+    return m.float()
+
+
+@torch.no_grad()
+def initialise(sae: SAE, x: Tensor, *, seed: int) -> None:
+    """Fill the SAE's tensors in place from a sample x `[N, d_model]` in the space of training."""
+    gen = torch.Generator().manual_seed(seed)
+    directions = torch.randn(sae.cfg.d_sae, sae.cfg.d_model, generator=gen)
+    directions /= directions.norm(dim=1, keepdim=True)
+    sae.W_dec.copy_(directions)
+    sae.b_enc.zero_()
+    sae.b_dec.copy_(geometric_median(x[:MEDIAN_ROWS]))
+    sae.W_enc.copy_(directions)
+    # one factor on the encoder, so that the first reconstruction has the best scale in least squares
+    xc = x[:1024] - sae.b_dec
+    values, ids = top_pre_activations(xc, sae.W_enc, sae.b_enc, sae.cfg.k, signed=sae.cfg.signed)
+    guess = decode_rows(values if sae.cfg.signed else values.relu(), ids, sae.W_dec)
+    size = (guess**2).sum()
+    if size > 0:
+        sae.W_enc.mul_(((guess * xc).sum() / size).clamp_min(1e-3))

@@ -1,0 +1,134 @@
+"""The SAE module: four tensors, `encode` to Codes, `decode` back, `save` and `load` in SAELens's file layout.
+
+Weights are rows per latent in memory, `W_enc, W_dec [d_sae, d_model]`; SAELens's transposed encoder exists at the
+file boundary only (saes/files.py). A saved SAE is folded: it takes raw activations and its codes are in their units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from cache.errors import DataError
+from cache.workspace import canonical_json
+from saes.codes import Codes
+from saes.config import SAEConfig
+from saes.kernels import Scratch, decode_rows, sparse_step, top_pre_activations
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder `x_hat = sum_j z_j W_dec[j] + b_dec` with `z = act((x - b_dec) W_enc^T + b_enc)`.
+
+    Parameters (float32): W_enc, W_dec `[d_sae, d_model]`, b_enc `[d_sae]`, b_dec `[d_model]`.
+    """
+
+    def __init__(self, cfg: SAEConfig) -> None:
+        super().__init__()
+        if cfg.d_model < 1:
+            raise DataError("SAEConfig.d_model is not set: `train` fills it in, or give it by hand")
+        self.cfg = cfg
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_model))
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_model))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_model))
+        self._scratch = Scratch()
+
+    def encode(self, x: Tensor) -> Codes:
+        """Codes of x `[..., d_model]` (leading axes flattened to rows): values float32 `[B, k]`, indices int32.
+
+        Differentiable where x or a parameter asks for gradients. Raises DataError on a wrong width.
+        """
+        rows = self._rows(x)
+        if torch.is_grad_enabled() and (rows.requires_grad or self.W_enc.requires_grad):
+            _, values, indices, _ = sparse_step(
+                rows, self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.cfg.k, signed=self.cfg.signed
+            )
+            return Codes(values, indices.int())
+        with torch.no_grad():
+            values, indices = top_pre_activations(
+                rows - self.b_dec, self.W_enc, self.b_enc, self.cfg.k, signed=self.cfg.signed, scratch=self._scratch
+            )
+            return Codes(values if self.cfg.signed else values.relu_(), indices.int())
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Reconstruction `[B, d_model]` of codes; rows with no activation give b_dec."""
+        if codes.offsets is None:
+            return decode_rows(codes.values, codes.indices, self.W_dec) + self.b_dec
+        starts = codes.offsets[:-1].to(codes.indices.dtype)
+        return (
+            nn.functional.embedding_bag(
+                codes.indices, self.W_dec, starts, per_sample_weights=codes.values, mode="sum"
+            )
+            + self.b_dec
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction with the shape of x."""
+        return self.decode(self.encode(x)).view(x.shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_model:
+            raise DataError(
+                f"this SAE takes activations of width d_model={self.cfg.d_model} (hook {self.cfg.hook or 'unknown'}), "
+                f"got shape {tuple(x.shape)}: use the model and hook it was trained on"
+            )
+        return x.reshape(-1, self.cfg.d_model).to(self.W_enc.dtype)
+
+    @property
+    def sae_id(self) -> str:
+        """Content id, 16 hex digits: architecture, hook, model and the float32 tensors. Labels key on it."""
+        cfg = self.cfg
+        rule = {
+            "architecture": cfg.activation,
+            "k": cfg.k,
+            "d_model": cfg.d_model,
+            "d_sae": cfg.d_sae,
+            "hook": cfg.hook,
+            "model_sha": cfg.model_sha,
+            "b_dec": "subtracted from the input",
+            "input": "raw",
+        }
+        digest = hashlib.sha256(canonical_json(rule).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | Path) -> Path:
+        """Write `cfg.json` and `sae_weights.safetensors` into the folder `path` (atomic). Returns the folder."""
+        from saes.files import save_sae
+
+        return save_sae(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Read a folder in SAELens's layout (ours or SAELens's own). Unknown architectures and keys are refused."""
+        from saes.files import load_sae
+
+        return load_sae(cls, Path(path), device=device)
+
+
+@torch.no_grad()
+def fold_input_scale(sae: SAE, scale: float) -> None:
+    """Turn an SAE trained on `scale * x` into the same SAE on raw x, in place.
+
+    With u' = (s x - b_dec') W^T + b_enc' and unit decoder rows, u = u' / s: b_enc and b_dec are divided by s,
+    W_enc and W_dec stay, and the selected latents do not change.
+    """
+    sae.b_enc.div_(scale)
+    sae.b_dec.div_(scale)
+
+
+@torch.no_grad()
+def fix_signs(sae: SAE, sign: Tensor) -> None:
+    """Flip (W_enc, b_enc, W_dec) of the latents with sign -1 together: z changes sign, x_hat does not.
+
+    A signed latent has no preferred pole; `train` uses this so that + is the side with the larger sum of activations.
+    """
+    for p in (sae.W_enc, sae.W_dec):
+        p.mul_(sign[:, None])
+    sae.b_enc.mul_(sign)

@@ -1,0 +1,282 @@
+"""`train`: many SAEs from one pass over the data, resumable, in a run folder named for what determines its bytes.
+
+    saes/<run>/run.json                config, provenance, status
+    saes/<run>/<i>-<name>/             the folded SAE in SAELens's layout
+    saes/<run>/metrics/part-*.parquet  one row per SAE and logged step
+    saes/<run>/checkpoints/            unfolded state, removed when the run has finished
+
+The same call again finds the finished run and loads it, or goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from cache.errors import AtomscopeError, DataError, UsageError
+from cache.progress import Bar, progress
+from cache.provenance import provenance
+from cache.workspace import atomic_file, canonical_json, read_json, workspace_path, write_json
+from saes.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from saes.config import SAEConfig, TrainConfig
+from saes.sae import SAE
+from saes.sources import Source, StoreSource, TensorSource
+from saes.trainer import Trainer
+
+SAMPLE_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained, folded SAE; the folder it was saved to (None without a workspace); its logged metrics, a row a step."""
+
+    sae: SAE
+    path: Path | None
+    metrics: list[dict[str, Any]]
+
+
+def train(
+    data: Any,
+    saes: Sequence[SAEConfig],
+    config: TrainConfig | None = None,
+    *,
+    hook: str | None = None,
+    workspace: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> list[TrainResult]:
+    """Train SAEs together on an `ActivationStore` (with `hook`) or on a tensor `[N, d_model]`.
+
+    A store's run is kept in its workspace; a tensor's only if `workspace` is given. Returns folded SAEs in the
+    order of `saes`. Raises UsageError on a bad combination, DataError on NaN in data or loss, and KeyboardInterrupt
+    after writing a checkpoint; the same call then goes on where it was.
+    """
+    config = config or TrainConfig()
+    source = _source(data, hook)
+    configs = [_bind(c, source) for c in saes]
+    if not configs:
+        raise UsageError("train needs at least one SAEConfig, for example presets.topk(d_sae=4096, k=32)")
+    root = workspace_path(workspace) if workspace is not None else getattr(data, "workspace", None)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = None if root is None else Path(root) / "saes" / run_name(configs, config, source)
+    if run is not None and (done := load_run(run)) is not None:
+        return done
+    return _run(source, configs, config, run, device)
+
+
+def _source(data: Any, hook: str | None) -> Source:
+    if isinstance(data, Tensor):
+        return TensorSource(data)
+    hook = hook or (data.hooks[0] if len(data.hooks) == 1 else None)
+    if hook is None:
+        raise UsageError(f"this store has several hooks, say which: hook= one of {', '.join(data.hooks)}")
+    return StoreSource(data, hook)
+
+
+def _bind(cfg: SAEConfig, source: Source) -> SAEConfig:
+    """Fill in what the data fixes; refuse a config made for another width."""
+    if cfg.d_model not in (0, source.d_model):
+        raise DataError(
+            f"SAE {cfg.label} has d_model={cfg.d_model}, the activations of "
+            f"{source.provenance['hook'] or 'the tensor'} have {source.d_model}: train it on the hook it was made for"
+        )
+    p = source.provenance
+    return replace(cfg, d_model=source.d_model, hook=p["hook"], model=p["model"], model_sha=p["model_sha"])
+
+
+def run_name(configs: Sequence[SAEConfig], config: TrainConfig, source: Source) -> str:
+    """`<label>-<hash>`: the hash covers the configs and the data, so equal runs share a folder."""
+    schedule = {k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}
+    key = {"saes": [c.to_dict() for c in configs], "train": schedule, "data": source.provenance}
+    digest = hashlib.sha256(canonical_json(key).encode()).hexdigest()[:8]
+    more = f"-and-{len(configs) - 1}-more" if len(configs) > 1 else ""
+    return f"{configs[0].label}{more}-{digest}"
+
+
+def load_run(run: Path) -> list[TrainResult] | None:
+    """Results of a finished run, or None where it has not finished."""
+    if not (run / "run.json").is_file():
+        return None
+    record = read_json(run / "run.json")
+    if record["status"] != "finished":
+        return None
+    rows = [r for part in sorted((run / "metrics").glob("part-*.parquet")) for r in pq.read_table(part).to_pylist()]
+    return [
+        TrainResult(SAE.load(run / name), run / name, [r for r in rows if r["sae"] == i])
+        for i, name in enumerate(record["saes"])
+    ]
+
+
+def _run(
+    source: Source, configs: list[SAEConfig], config: TrainConfig, run: Path | None, device: torch.device
+) -> list[TrainResult]:
+    started = time.time()
+    trainers = [Trainer(c, config, source.moments(config), device) for c in configs]
+    log = _Metrics(run)
+    checkpoint = latest_checkpoint(run) if run is not None else None
+    if checkpoint is not None:
+        for t, (tensors, state) in zip(trainers, checkpoint.saes, strict=True):
+            t.load(tensors, state)
+        log.keep_until(checkpoint.step)
+    else:
+        _start(source, trainers, config, device)
+    first = checkpoint.step if checkpoint else 0
+    record = _record(source, configs, config)
+    if run is not None:
+        write_json(run / "run.json", record | {"status": "running", "step": first})
+    stream = source.stream(config, checkpoint.stream if checkpoint else None, device)
+    try:
+        _loop(trainers, stream, config, run, log, first)
+    finally:
+        stream.close()
+    results = []
+    for i, t in enumerate(trainers):
+        sae = t.finish()
+        path = sae.save(run / _folder(i, t.cfg)) if run is not None else None
+        results.append(TrainResult(sae, path, [r for r in log.rows if r["sae"] == i]))
+    if run is not None:
+        wall = record | {"status": "finished", "step": config.steps, "provenance": provenance(started=started)}
+        write_json(run / "run.json", wall | {"device": str(device), "screen": [t.screen.state() for t in trainers]})
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return results
+
+
+def _start(source: Source, trainers: list[Trainer], config: TrainConfig, device: torch.device) -> None:
+    """Initial weights from the first rows of a stream of its own, so that training sees the data from its start."""
+    stream = source.stream(config, None, device)
+    rows: list[Tensor] = []
+    try:
+        for x in stream:
+            rows.append(x.clone())
+            if sum(map(len, rows)) >= SAMPLE_ROWS:
+                break
+    finally:
+        stream.close()
+    sample = torch.cat(rows)
+    for t in trainers:
+        t.start(sample)
+
+
+def _loop(
+    trainers: list[Trainer], stream: Any, config: TrainConfig, run: Path | None, log: _Metrics, first: int
+) -> None:
+    """The training loop: every SAE takes the same batch; metrics, checkpoints and interrupts hang on its outside."""
+    saved, start = time.monotonic(), time.monotonic()
+    batches = iter(stream)
+    with _stop_signals() as stop, progress(
+        "train", config.steps * config.batch_size, unit="tok", done=first * config.batch_size
+    ) as bar:
+        for step in range(first, config.steps):
+            x = next(batches)
+            for t in trainers:
+                t.step(x, step)
+            done = step + 1
+            bar.advance(len(x))
+            if done % config.log_every == 0 or done == config.steps:
+                rate = (done - first) * config.batch_size / (time.monotonic() - start)
+                _log(trainers, config, step, rate, log, bar, run)
+            if run is not None and (stop.is_set() or time.monotonic() - saved > config.checkpoint_seconds):
+                log.flush(done)
+                state = [(t.tensors(), t.state()) for t in trainers]
+                save_checkpoint(run, Checkpoint(done, stream.state_dict(), state))
+                saved = time.monotonic()
+            if stop.is_set():
+                raise KeyboardInterrupt
+    log.flush(config.steps)
+
+
+def _log(
+    trainers: list[Trainer], config: TrainConfig, step: int, rate: float, log: _Metrics, bar: Bar, run: Path | None
+) -> None:
+    for i, t in enumerate(trainers):
+        row = t.metrics()
+        bad = [k for k, v in row.items() if not v < float("inf")]
+        if bad:
+            raise DataError(
+                f"{', '.join(bad)} is not finite at step {step + 1} of SAE {t.cfg.label}: lower lr "
+                f"(now {config.peak_lr(t.cfg.d_sae):.2g}); last good state: {_last_good(run)}"
+            )
+        lr = config.lr_at(step, t.cfg.d_sae)
+        log.add({"sae": i, "step": step + 1, "tokens": (step + 1) * config.batch_size, "lr": lr, "rate": rate} | row)
+    bar.note("  ".join(f"fvu {r['fvu']:.3f} dead {r['n_dead']:.0f}" for r in log.rows[-len(trainers) :]))
+
+
+def _last_good(run: Path | None) -> str:
+    checkpoint = latest_checkpoint(run) if run is not None else None
+    return f"checkpoint of step {checkpoint.step} in {run}" if checkpoint else "none was written yet"
+
+
+def _record(source: Source, configs: list[SAEConfig], config: TrainConfig) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "saes": [_folder(i, c) for i, c in enumerate(configs)],
+        "configs": [c.to_dict() for c in configs],
+        "train": config.to_dict(),
+        "data": source.provenance,
+        "tokens": config.steps * config.batch_size,
+        "provenance": provenance(),
+    }
+
+
+def _folder(i: int, cfg: SAEConfig) -> str:
+    return f"{i}-{cfg.label}"
+
+
+class _Metrics:
+    """Rows of metrics, written as Parquet parts together with the checkpoints they belong to."""
+
+    def __init__(self, run: Path | None) -> None:
+        self._folder = run / "metrics" if run is not None else None
+        self.rows: list[dict[str, Any]] = []
+        self._written = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def keep_until(self, step: int) -> None:
+        """Read the parts of an earlier start up to its checkpoint; later parts belong to steps that run again."""
+        assert self._folder is not None
+        for part in sorted(self._folder.glob("part-*.parquet")):
+            if int(part.stem.removeprefix("part-")) > step:
+                part.unlink()
+            else:
+                self.rows += pq.read_table(part).to_pylist()
+        self._written = len(self.rows)
+
+    def flush(self, step: int) -> None:
+        new = self.rows[self._written :]
+        if self._folder is None or not new:
+            return
+        with atomic_file(self._folder / f"part-{step:08d}.parquet") as tmp:
+            pq.write_table(pa.Table.from_pylist(new), tmp)
+        self._written = len(self.rows)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set an event: the step in hand ends, a checkpoint is written, then the loop stops."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+__all__ = ["AtomscopeError", "TrainResult", "load_run", "run_name", "train"]
