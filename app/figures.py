@@ -1,0 +1,150 @@
+"""The figures of app and notebooks: frames in, a plotly figure or an `HTML` object out. No streamlit import.
+
+All are pure and share one layout (`app.theme.plotly_layout`); `theme` is "light" or "dark". Each figure carries
+in `layout.meta` how many rows it shows. Token markup lives in `app.markup` and is re-exported here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from app import theme as _theme
+from app.markup import (
+    HTML,
+    Meter,
+    examples_panel,
+    glyphs,
+    logit_table,
+    meters,
+    number,
+    signed,
+    stat_tiles,
+    steer_compare,
+    text_panel,
+    token_strip,
+)
+
+__all__ = [
+    "HTML",
+    "Meter",
+    "act_histogram",
+    "density_histogram",
+    "examples_panel",
+    "feature_bars",
+    "glyphs",
+    "logit_table",
+    "meters",
+    "number",
+    "signed",
+    "stat_tiles",
+    "steer_compare",
+    "text_panel",
+    "token_strip",
+    "training_curve",
+]
+
+
+def _figure(theme: str | None, height: int, n: int, unit: str) -> go.Figure:
+    fig = go.Figure()
+    fig.update_layout(**_theme.plotly_layout(theme), height=height, meta={"n": n, "unit": unit})
+    return fig
+
+
+def act_histogram(frame: Any, *, theme: str | None = None, height: int = 180) -> go.Figure:
+    """Non-zero activations of a feature: columns lo, hi, count. Counts on a log axis, sign by colour and side."""
+    lo, hi = frame["lo"].to_numpy(float), frame["hi"].to_numpy(float)
+    count = frame["count"].to_numpy(float)
+    mid = (lo + hi) / 2
+    fig = _figure(theme, height, int(count.sum()), "activations")
+    colours = [f"rgb{_theme.NEGATIVE}" if m < 0 else f"rgb{_theme.POSITIVE}" for m in mid]
+    fig.add_bar(
+        x=mid,
+        y=np.where(count > 0, count, np.nan),
+        width=(hi - lo) * 0.9,
+        marker={"color": colours, "line": {"width": 0}},
+        customdata=np.stack([lo, hi], -1),
+        hovertemplate="%{customdata[0]:.2f} to %{customdata[1]:.2f}: %{y:,.0f} tokens<extra></extra>",
+    )
+    fig.update_yaxes(type="log", dtick=1, title_text="tokens", exponentformat="power")
+    fig.update_xaxes(title_text="activation")
+    return fig
+
+
+def density_histogram(
+    density: Any,
+    *,
+    marker: float | None = None,
+    theme: str | None = None,
+    height: int = 130,
+    bins: int = 40,
+) -> go.Figure:
+    """How often features fire: log10 of the share of tokens; dead ones are left out and counted in meta."""
+    values = np.asarray(density, dtype=float)
+    live = np.log10(values[values > 0])
+    fig = _figure(theme, height, len(live), "features")
+    fig.update_layout(meta={"n": len(live), "unit": "features", "dead": int(len(values) - len(live))})
+    if len(live):
+        count, edges = np.histogram(live, bins=bins, range=(min(live.min(), -6.0), 0.0))
+        mid = (edges[:-1] + edges[1:]) / 2
+        fig.add_bar(
+            x=mid,
+            y=count,
+            width=(edges[1] - edges[0]) * 0.9,
+            marker={"color": f"rgb{_theme.CONTROL}", "line": {"width": 0}},
+            hovertemplate="10^%{x:.1f}: %{y} features<extra></extra>",
+        )
+    if marker is not None and marker > 0:
+        fig.add_vline(x=float(np.log10(marker)), line={"color": f"rgb{_theme.POSITIVE}", "width": 2})
+    fig.update_xaxes(title_text="share of tokens, log10", range=[-6.2, 0.05])
+    fig.update_yaxes(title_text="features", nticks=4)
+    return fig
+
+
+def feature_bars(
+    names: list[str], values: list[float], *, theme: str | None = None, height: int | None = None
+) -> go.Figure:
+    """Signed horizontal bars, first on top. Names are the caller's own words and ids, drawn as plain text."""
+    fig = _figure(theme, height or 24 * len(names) + 40, len(names), "features")
+    colours = [f"rgb{_theme.NEGATIVE}" if v < 0 else f"rgb{_theme.POSITIVE}" for v in values]
+    safe = [_plain_label(n) for n in names]
+    fig.add_bar(
+        x=values,
+        y=list(range(len(names))),
+        orientation="h",
+        marker={"color": colours},
+        text=[signed(v) for v in values],
+        textposition="auto",
+        hovertemplate="%{text}<extra></extra>",
+    )
+    fig.update_yaxes(
+        tickmode="array", tickvals=list(range(len(names))), ticktext=safe, autorange="reversed", showgrid=False
+    )
+    fig.update_layout(margin={"l": 140})
+    return fig
+
+
+def training_curve(
+    frame: Any, *, x: str = "tokens", y: str = "fvu", theme: str | None = None, height: int = 200
+) -> go.Figure:
+    """One metric of a run against tokens (or steps)."""
+    fig = _figure(theme, height, len(frame), "points")
+    fig.add_scatter(
+        x=frame[x],
+        y=frame[y],
+        mode="lines",
+        line={"color": _theme.palette(theme).accent, "width": 1.6},
+        hovertemplate=f"%{{x:,}} {x}: %{{y:.4g}}<extra></extra>",
+    )
+    fig.update_xaxes(title_text=x)
+    fig.update_yaxes(title_text=y)
+    return fig
+
+
+def _plain_label(text: str, limit: int = 28) -> str:
+    """A label that plotly, which reads some tags, shows as it is."""
+    shown = glyphs(text, spaces=False)
+    shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,42 @@
+"""Entry of the Streamlit app: navigation, sidebar, style. Run it with `atomscope app`.
+
+Streamlit puts this file's folder on the path, not the project's root; the root is added so that `app`, `saes`
+and `cache` are found from a checkout as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import streamlit as st
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from app import state  # noqa: E402
+from app.figures import HTML  # noqa: E402
+
+PAGES = {
+    "Data": [st.Page("pages/home.py", title="Runs and datasets", url_path="home", default=True)],
+    "Features": [
+        st.Page("pages/features.py", title="Explorer", url_path="features"),
+        st.Page("pages/inspect.py", title="Prompt inspector", url_path="inspect"),
+    ],
+    "Act": [st.Page("pages/steer.py", title="Steering", url_path="steer")],
+}
+
+
+def main() -> None:
+    st.set_page_config(page_title="atomscope", layout="wide")
+    page = st.navigation(PAGES, expanded=True)
+    state.style()
+    with st.sidebar:
+        st.html(HTML('<div class="as-brand">atomscope</div>'))
+        state.muted(f"workspace {state.workspace().name}")
+        state.sae_choice()
+    page.run()
+
+
+main()

@@ -1,0 +1,70 @@
+"""Model loading, token tables, harvest and the activation store: run a model once, keep what it computed.
+
+Names are imported when first used, so that reading a store needs neither torch's model stack nor transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache.catalog import connect
+    from cache.corpus import Corpus, build_corpus
+    from cache.harvest import harvest
+    from cache.models import LanguageModel, load_model
+    from cache.store import ActivationStore, Stats
+    from cache.stream import Batch
+    from cache.workspace import workspace_path
+
+_EXPORTS = {
+    "ActivationStore": "cache.store",
+    "Batch": "cache.stream",
+    "Corpus": "cache.corpus",
+    "LanguageModel": "cache.models",
+    "Stats": "cache.store",
+    "build_corpus": "cache.corpus",
+    "connect": "cache.catalog",
+    "harvest": "cache.harvest",
+    "load_model": "cache.models",
+    "workspace_path": "cache.workspace",
+}
+
+__all__ = [
+    "ActivationStore",
+    "Batch",
+    "Corpus",
+    "LanguageModel",
+    "Stats",
+    "build_corpus",
+    "connect",
+    "harvest",
+    "load_model",
+    "workspace_path",
+]
+
+
+class _Package(ModuleType):
+    """The import system binds a submodule's name on its package; `harvest` is to stay the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'cache' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+sys.modules[__name__].__class__ = _Package

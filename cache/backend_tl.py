@@ -1,0 +1,129 @@
+"""Hooks through TransformerLens 3's bridge, which wraps the Hugging Face model in place and keeps its numbers.
+
+The wrapped model is called directly, with hooks on the bridge's hook points, and left by an exception after the
+deepest hook: as fast as the bare model with a plain forward hook.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache.hooks import Edit, edited, flat, resid_mid_block, storable
+
+
+class _Stop(BaseException):
+    """Leaves the forward pass after the deepest hook. Not an Exception, so that no handler inside catches it."""
+
+
+class TransformerLensBackend:
+    """Capture and edit on `bridge.hook_dict`."""
+
+    name = "transformer_lens"
+
+    def __init__(self, hf: nn.Module, path: str, tokenizer: Any, probe: Tensor) -> None:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # The bridge sets padding and BOS options on the tokenizer it is given.
+        self.bridge = TransformerBridge.boot_transformers(path, hf_model=hf, tokenizer=copy.deepcopy(tokenizer))
+        self.hf = hf
+        self._points: dict[str, Any] = dict(self.bridge.hook_dict)
+        self.dims = self._fired(probe)
+        self._order = {name: i for i, name in enumerate(self.dims)}
+
+    @contextmanager
+    def _hook(self, name: str, fn: Callable[[Tensor], Tensor | None], *, prepend: bool = False) -> Iterator[None]:
+        """One function on one hook point; only this one is removed afterwards."""
+        point = self._points[name]
+        before = list(point.fwd_hooks)
+        point.add_hook(lambda x, hook: fn(x), prepend=prepend)
+        handle = next(h for h in point.fwd_hooks if all(h is not b for b in before))
+        try:
+            yield
+        finally:
+            handle.hook.remove()
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
+
+    def _fired(self, probe: Tensor) -> dict[str, int]:
+        """Width of every hook that holds one vector per token, in the order of execution."""
+        dims: dict[str, int] = {}
+
+        def note(name: str) -> Callable[[Tensor], None]:
+            def see(x: Any) -> None:
+                if storable(x):
+                    dims[name] = flat(x).shape[-1]
+
+            return see
+
+        with ExitStack() as stack, torch.inference_mode():
+            for name in self._points:
+                stack.enter_context(self._hook(name, note(name)))
+            self.hf(probe, use_cache=False)
+        return dims
+
+    def capture(
+        self, tokens: Tensor, hooks: Sequence[str], inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        got: dict[str, Tensor] = {}
+        deepest = max(hooks, key=self._order.__getitem__)
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            def see(x: Tensor) -> None:
+                got[name] = flat(x)
+                if name == deepest:
+                    raise _Stop
+
+            return see
+
+        with ExitStack() as stack, torch.inference_mode():
+            for name in hooks:
+                stack.enter_context(self._hook(name, keep(name)))
+            try:
+                self.hf(tokens, use_cache=False, **inputs)
+            except _Stop:
+                pass
+        return got
+
+    @contextmanager
+    def hooked(self, edits: Mapping[str, Edit]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, fn in edits.items():
+                block = resid_mid_block(name)
+                if block is not None:
+                    stack.enter_context(self._mid(name, block, fn))
+                else:
+                    stack.enter_context(self._hook(name, lambda x, fn=fn, name=name: edited(x, fn, name)))
+            yield
+
+    @contextmanager
+    def _mid(self, name: str, block: str, fn: Edit) -> Iterator[None]:
+        """Edit the stream between attention and MLP.
+
+        The bridge's hook point is the input of the MLP's norm, past the place where the residual branches off, so
+        replacing it there reaches the MLP only. The change itself is added to the block's output, which completes
+        the edit: f(x) + mlp(f(x)) = (x + mlp(f(x))) + (f(x) − x).
+        """
+        change: list[Tensor] = []
+
+        def replace(x: Tensor) -> Tensor | None:
+            change.clear()
+            y = edited(x, fn, name)
+            if y is not None:
+                change.append(y - x)
+            return y
+
+        def complete(x: Tensor) -> Tensor | None:
+            return x + change.pop() if change else None
+
+        # Prepended: whoever reads or edits hook_resid_post sees the finished stream.
+        with self._hook(name, replace), self._hook(f"{block}.hook_out", complete, prepend=True):
+            yield
+
+    def forward(self, tokens: Tensor, inputs: Mapping[str, Any]) -> Any:
+        return self.hf(tokens, **inputs)

@@ -1,0 +1,242 @@
+"""Run a model over a corpus once and keep its activations.
+
+A shard is a range of sequences. Within it, sequences are sorted by length and cut into batches of about
+`batch_tokens` padded tokens; the vectors of the real tokens are checked, cast on the device and put at their place
+in (seq, pos) order. A full shard goes to the writer thread. (hook, shard) pairs that are committed are skipped, so
+a harvest that was stopped, killed, or asked for one more hook does only what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.corpus import Corpus
+from cache.errors import DataError, UsageError
+from cache.models import LanguageModel
+from cache.progress import Bar, progress
+from cache.store import ActivationStore
+from cache.writer import TORCH_DTYPE
+
+BATCH_TOKENS = 2048
+AUTO_FP16_BELOW = 32_000.0
+"""`dtype="auto"` stores fp16 if the first batch stays below this (half of the fp16 limit), else bf16."""
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One forward pass: tokens padded on the right, and where its real tokens belong."""
+
+    tokens: Tensor
+    """int64 [B, T]."""
+    source: Tensor
+    """int64 [n]: index of each real token in the flattened [B · T]."""
+    rows: Tensor
+    """int64 [n]: row id of each real token, aligned with `source`."""
+
+
+def plan_batches(corpus: Corpus, seq0: int, seq1: int, batch_tokens: int) -> Iterator[PlannedBatch]:
+    """Batches that cover sequences seq0 … seq1 − 1, shortest first."""
+    offsets, tok = corpus.seq_offsets, corpus.column("tok")
+    lengths = np.diff(offsets[seq0 : seq1 + 1])
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        end = start + 1
+        # Sorted by length: the last sequence of a batch is its width.
+        while end < len(order) and lengths[order[end]] * (end + 1 - start) <= batch_tokens:
+            end += 1
+        chosen, width = order[start:end], int(lengths[order[end - 1]])
+        tokens = np.zeros((len(chosen), width), dtype=np.int64)
+        source, rows = [], []
+        for b, i in enumerate(chosen):
+            row0, n = int(offsets[seq0 + i]), int(lengths[i])
+            tokens[b, :n] = tok[row0 : row0 + n]
+            source.append(np.arange(n) + b * width)
+            rows.append(np.arange(row0, row0 + n))
+        yield PlannedBatch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(np.concatenate(source)),
+            torch.from_numpy(np.concatenate(rows)),
+        )
+        start = end
+
+
+def harvest(
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    hooks: str | Sequence[str],
+    workspace: str | os.PathLike[str] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    rows_per_shard: int | None = None,
+    dtype: str = "auto",
+    show_progress: bool = True,
+) -> ActivationStore:
+    """Store the activations of `model` at `hooks` for every token of `corpus`; resumes.
+
+    `dtype` is fp16, bf16, fp32 or auto. `store.last_run` tells tokens, seconds, forward_seconds and write_seconds
+    (the writer's thread, in parallel to the model).
+    """
+    started = time.monotonic()
+    wanted = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
+    _check(model, corpus, wanted, batch_tokens, dtype)
+    identity = model.identity | {
+        "corpus": corpus.fingerprint,
+        "context": corpus.context,
+        "prepend_bos": bool(corpus.meta["prepend_bos"]),
+    }
+    store = ActivationStore.create(workspace, identity, corpus, rows_per_shard=rows_per_shard)
+    missing = {h: set(range(len(store.shards))) - store.committed(h) for h in wanted}
+    todo = [s for s in range(len(store.shards)) if any(s in missing[h] for h in wanted)]
+    store.last_run = {"tokens": 0, "seconds": 0.0, "forward_seconds": 0.0, "write_seconds": 0.0}
+    if not todo:
+        return store
+
+    dtypes = _dtypes(model, store, wanted, dtype, todo[0], batch_tokens)
+    rows = sum(store.shards[s][3] - store.shards[s][2] for s in todo)
+    done = corpus.n_tokens - rows
+    shown = progress("harvest", corpus.n_tokens, unit="tok", done=done) if show_progress else nullcontext()
+    forward_seconds = 0.0
+    with shown as bar, store.writer() as writer:
+        for number, shard in enumerate(todo, 1):
+            if bar is not None:
+                bar.note(f"shard {number}/{len(todo)}")
+            here = {h: dtypes[h] for h in wanted if shard in missing[h]}
+            values, seconds = _run_shard(model, store, shard, here, batch_tokens, bar)
+            forward_seconds += seconds
+            for hook, x in values.items():
+                writer.submit(shard, hook, x)
+    store.last_run = {
+        "tokens": rows,
+        "seconds": time.monotonic() - started,
+        "forward_seconds": forward_seconds,
+        "write_seconds": writer.seconds,
+    }
+    return store
+
+
+def _run_shard(
+    model: LanguageModel,
+    store: ActivationStore,
+    shard: int,
+    dtypes: dict[str, torch.dtype],
+    batch_tokens: int,
+    bar: Bar | None,
+) -> tuple[dict[str, Tensor], float]:
+    """Vectors of one shard, [rows, d] per hook on the CPU, and the seconds spent in the model."""
+    seq0, seq1, row0, row1 = store.shards[shard]
+    out = {h: torch.empty(row1 - row0, model.d_hook(h), dtype=t) for h, t in dtypes.items()}
+    seconds = 0.0
+    for batch in plan_batches(store.corpus, seq0, seq1, batch_tokens):
+        began = time.monotonic()
+        acts = model.capture(batch.tokens, list(dtypes))
+        seconds += time.monotonic() - began
+        for hook, x in acts.items():
+            x = x.flatten(0, 1).index_select(0, batch.source.to(x.device))
+            _refuse_bad(x, batch.rows, hook, dtypes[hook], store.corpus)
+            out[hook][batch.rows - row0] = x.to(dtypes[hook]).cpu()
+        if bar is not None:
+            bar.advance(len(batch.rows))
+    return out, seconds
+
+
+def _check(model: LanguageModel, corpus: Corpus, hooks: list[str], batch_tokens: int, dtype: str) -> None:
+    if not hooks:
+        raise UsageError("no hooks to harvest: name at least one, e.g. 'blocks.0.hook_resid_post'")
+    for name in hooks:
+        model.check_hook(name)
+    if dtype != "auto" and dtype not in TORCH_DTYPE:
+        raise UsageError(f"no store dtype {dtype!r}: choose auto, {', '.join(TORCH_DTYPE)}")
+    if batch_tokens < 1:
+        raise UsageError(f"batch_tokens is {batch_tokens}: give at least 1")
+    if corpus.meta["tokenizer_sha256"] != model.identity["tokenizer_sha256"]:
+        raise DataError(
+            f"the corpus {corpus.meta['name']!r} was tokenised by another tokenizer than {model.name}'s: "
+            "build it again with model.tokenizer"
+        )
+    if model.max_context is not None and corpus.context > model.max_context:
+        raise UsageError(
+            f"the corpus has a context of {corpus.context} tokens, {model.name} takes {model.max_context}: "
+            f"build it with context={model.max_context} or less"
+        )
+
+
+def _dtypes(
+    model: LanguageModel, store: ActivationStore, hooks: list[str], dtype: str, shard: int, batch_tokens: int
+) -> dict[str, torch.dtype]:
+    """Store dtype of each hook: what the hook has already, else what was asked for, else by a probe batch."""
+    out: dict[str, torch.dtype] = {}
+    for hook in hooks:
+        stored = store.dtype(hook) if store.committed(hook) else None
+        if stored is not None and dtype not in ("auto", stored):
+            raise UsageError(
+                f"{hook} is stored as {stored} in {store.path}, not {dtype}: "
+                f"go on with dtype={stored!r}, or delete {store.folder(hook)}"
+            )
+        if stored is not None or dtype != "auto":
+            out[hook] = TORCH_DTYPE[stored or dtype]
+    unknown = [h for h in hooks if h not in out]
+    if unknown:
+        batch = next(plan_batches(store.corpus, *store.shards[shard][:2], batch_tokens))
+        for hook, x in model.capture(batch.tokens, unknown).items():
+            x = x.flatten(0, 1).index_select(0, batch.source.to(x.device))
+            _refuse_bad(x, batch.rows, hook, torch.float32, store.corpus)
+            peak = float(x.abs().max())
+            out[hook] = torch.float16 if peak < AUTO_FP16_BELOW else torch.bfloat16
+    return out
+
+
+def _refuse_bad(x: Tensor, rows: Tensor, hook: str, dtype: torch.dtype, corpus: Corpus) -> None:
+    """DataError that names the first value which is NaN, infinite or too large for `dtype`."""
+    limit = torch.finfo(dtype).max
+    low, high = (float(v) for v in torch.aminmax(x))
+    if -limit <= low and high <= limit:  # false for NaN too
+        return
+    bad = ~(x.abs() <= limit).all(dim=1).cpu()
+    row = int(rows[bad].min())
+    at = int((rows == row).nonzero()[0])
+    doc, pos = int(corpus.column("doc")[row]), int(corpus.column("pos")[row])
+    place = f"{hook}: doc {doc}, position {pos} (row {row})"
+    if not bool(x[at].isfinite().all()):
+        raise DataError(f"{place} is NaN or infinite before storing: check the weights and the forward dtype")
+    peak = float(x[at].abs().max())
+    name = next(k for k, v in TORCH_DTYPE.items() if v == dtype)
+    raise DataError(f"{place} reaches {peak:.4g}, too large for {name} (max {limit:.4g}): harvest with dtype='bf16'")
+
+
+def bare_forward_rate(
+    model: LanguageModel,
+    corpus: Corpus,
+    hooks: str | Sequence[str],
+    n_batches: int | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    rows_per_shard: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> float:
+    """Tokens per second of the forward passes alone: the batches of a harvest, with early stop and no store.
+
+    `n_batches` of them, evenly spaced over the first shard (all of all shards by default).
+    """
+    from cache.store import ROWS_PER_SHARD, plan_shards
+
+    wanted = [hooks] if isinstance(hooks, str) else list(hooks)
+    shards = plan_shards(corpus.seq_offsets, rows_per_shard or ROWS_PER_SHARD)
+    chosen: list[Any] = []
+    for seq0, seq1, _, _ in shards if n_batches is None else shards[:1]:
+        chosen += plan_batches(corpus, seq0, seq1, batch_tokens)
+    if n_batches is not None and n_batches < len(chosen):
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, n_batches).round().astype(int)]
+    began = clock()
+    for batch in chosen:
+        model.capture(batch.tokens, wanted)
+    return sum(len(b.rows) for b in chosen) / (clock() - began)

@@ -1,0 +1,1 @@
+"""Probes: what a direction in the residual stream says about the input."""

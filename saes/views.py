@@ -1,0 +1,119 @@
+"""SQL of the views that `cache.connect` shows for SAEs: runs, metrics, features, feature_tokens, evaluations, labels.
+
+`features` and `feature_examples` are read from each index's DuckDB file, which is attached read-only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cache.errors import AtomscopeError
+from cache.views import create_view, literal, values_sql
+from cache.workspace import read_json
+from saes.labels import current_labels
+
+_RUNS = {
+    "run": "VARCHAR", "sae": "VARCHAR", "status": "VARCHAR", "activation": "VARCHAR", "d_sae": "INTEGER",
+    "k": "INTEGER", "hook": "VARCHAR", "model": "VARCHAR", "store": "VARCHAR", "steps": "BIGINT", "tokens": "BIGINT",
+    "seed": "INTEGER", "created": "VARCHAR",
+}  # fmt: skip
+_METRICS = {
+    "run": "VARCHAR", "sae": "BIGINT", "step": "BIGINT", "tokens": "BIGINT", "lr": "DOUBLE", "rate": "DOUBLE",
+    "fvu": "DOUBLE", "auxk": "DOUBLE", "l0": "DOUBLE", "grad_norm": "DOUBLE", "n_dead": "DOUBLE",
+}  # fmt: skip
+_EVALUATIONS = {
+    "sae_id": "VARCHAR", "store": "VARCHAR", "hook": "VARCHAR", "created": "VARCHAR", "subject": "VARCHAR",
+    "metric": "VARCHAR", "value": "DOUBLE", "n": "BIGINT", "lo": "DOUBLE", "hi": "DOUBLE", "ci_low": "DOUBLE",
+    "ci_high": "DOUBLE",
+}  # fmt: skip
+_LABELS = {
+    "sae_id": "VARCHAR", "feature": "INTEGER", "sign": "INTEGER", "text": "VARCHAR", "author": "VARCHAR",
+    "method": "VARCHAR", "score": "DOUBLE", "created": "VARCHAR",
+}  # fmt: skip
+_FEATURES = {
+    "sae_id": "VARCHAR", "store": "VARCHAR", "feature": "INTEGER", "n_fire": "BIGINT", "n_pos": "BIGINT",
+    "n_neg": "BIGINT", "density": "DOUBLE", "mean_act": "DOUBLE", "max_act": "FLOAT", "min_act": "FLOAT",
+    "top_tok": "INTEGER", "dec_norm": "FLOAT", "x": "FLOAT", "y": "FLOAT",
+}  # fmt: skip
+_EXAMPLES = {
+    "sae_id": "VARCHAR", "store": "VARCHAR", "feature": "INTEGER", "sign": "TINYINT", "kind": "VARCHAR",
+    "rank": "INTEGER", "row": "BIGINT", "value": "FLOAT",
+}  # fmt: skip
+_TOKENS = {
+    "sae_id": "VARCHAR", "store": "VARCHAR", "tok": "INTEGER", "feature": "INTEGER", "n": "BIGINT",
+    "max_act": "FLOAT", "min_act": "FLOAT", "mass": "DOUBLE",
+}  # fmt: skip
+
+
+def views(workspace: Path) -> list[str]:
+    """ATTACH and CREATE VIEW statements over what the workspace holds now; a view of nothing is empty."""
+    indexes = [(p.parent, _json(p)) for p in sorted(workspace.glob("features/*/current.json"))]
+    attach = [
+        f"ATTACH {literal(folder / meta['file'])} AS features_{i} (READ_ONLY)"
+        for i, (folder, meta) in enumerate(indexes)
+    ]
+    metas = [m for _, m in indexes]
+    return [
+        *attach,
+        create_view("runs", values_sql(_RUNS, _runs(workspace))),
+        create_view("metrics", _metrics_sql(workspace)),
+        create_view("evaluations", _parquet_sql(sorted(workspace.glob("evaluations/*.parquet")), _EVALUATIONS)),
+        create_view("labels", values_sql(_LABELS, list(current_labels(workspace).values()))),
+        create_view("features", _index_sql("feature", _FEATURES, metas)),
+        create_view("feature_examples", _index_sql("feature_example", _EXAMPLES, metas)),
+        create_view("feature_tokens", _index_sql("token_feature", _TOKENS, metas)),
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path)
+
+
+def _runs(workspace: Path) -> list[dict[str, Any]]:
+    out = []
+    for path in sorted(workspace.glob("saes/*/run.json")):
+        try:
+            r = read_json(path)
+        except AtomscopeError:
+            continue
+        for name, cfg in zip(r["saes"], r["configs"], strict=True):
+            out.append({
+                "run": path.parent.name, "sae": name, "status": r["status"], "activation": cfg["activation"],
+                "d_sae": cfg["d_sae"], "k": cfg["k"], "hook": cfg["hook"], "model": cfg["model"],
+                "store": r["data"]["store"], "steps": r["train"]["steps"], "tokens": r["tokens"],
+                "seed": r["train"]["seed"], "created": r["provenance"]["created"],
+            })  # fmt: skip
+    return out
+
+
+def _empty(columns: dict[str, str]) -> str:
+    return values_sql(columns, [])
+
+
+def _metrics_sql(workspace: Path) -> str:
+    parts = []
+    for run in sorted(p.parent for p in workspace.glob("saes/*/run.json")):
+        files = sorted((run / "metrics").glob("part-*.parquet"))
+        if files:
+            names = ", ".join(c for c in _METRICS if c != "run")
+            listed = ", ".join(literal(f) for f in files)
+            parts.append(f"SELECT {literal(run.name)} AS run, {names} FROM read_parquet([{listed}], union_by_name = true)")
+    return " UNION ALL ".join(parts) if parts else _empty(_METRICS)
+
+
+def _parquet_sql(files: list[Path], columns: dict[str, str]) -> str:
+    if not files:
+        return _empty(columns)
+    casts = ", ".join(f"{c}::{t} AS {c}" for c, t in columns.items())
+    return f"SELECT {casts} FROM read_parquet([{', '.join(literal(f) for f in files)}], union_by_name = true)"
+
+
+def _index_sql(table: str, columns: dict[str, str], metas: list[dict[str, Any]]) -> str:
+    if not metas:
+        return _empty(columns)
+    rest = ", ".join(c for c in columns if c not in ("sae_id", "store"))
+    return " UNION ALL ".join(
+        f"SELECT {literal(m['sae_id'])} AS sae_id, {literal(m['store'])} AS store, {rest} FROM features_{i}.{table}"
+        for i, m in enumerate(metas)
+    )
