@@ -23,6 +23,7 @@ from app.markup import (
     signed,
     stat_tiles,
     steer_compare,
+    table,
     text_panel,
     token_strip,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "signed",
     "stat_tiles",
     "steer_compare",
+    "table",
     "text_panel",
     "token_strip",
     "training_curve",

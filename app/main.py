@@ -16,15 +16,14 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 from app import state  # noqa: E402
-from app.figures import HTML  # noqa: E402
 
 PAGES = {
-    "Data": [st.Page("pages/home.py", title="Runs and datasets", url_path="home", default=True)],
+    "Data": [st.Page("screens/home.py", title="Runs and datasets", url_path="home", default=True)],
     "Features": [
-        st.Page("pages/features.py", title="Explorer", url_path="features"),
-        st.Page("pages/inspect.py", title="Prompt inspector", url_path="inspect"),
+        st.Page("screens/features.py", title="Explorer", url_path="features"),
+        st.Page("screens/inspect.py", title="Prompt inspector", url_path="inspect"),
     ],
-    "Act": [st.Page("pages/steer.py", title="Steering", url_path="steer")],
+    "Act": [st.Page("screens/steer.py", title="Steering", url_path="steer")],
 }
 
 
@@ -33,9 +32,8 @@ def main() -> None:
     page = st.navigation(PAGES, expanded=True)
     state.style()
     with st.sidebar:
-        st.html(HTML('<div class="as-brand">atomscope</div>'))
-        state.muted(f"workspace {state.workspace().name}")
         state.sae_choice()
+        state.muted("workspace " + "/".join(state.workspace().parts[-2:]))
     page.run()
 
 

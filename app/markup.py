@@ -209,6 +209,26 @@ def logit_table(frame: Any, *, n: int = 15) -> HTML:
     return HTML(f'<div style="display:grid;grid-template-columns:1fr 1fr;gap:18px">{"".join(sides)}</div>')
 
 
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text: int = 1) -> HTML:
+    """A table of short cells: the first `text` columns are words, the others figures, right-aligned."""
+
+    def cells(row: Sequence[object], tag: str, style: str) -> str:
+        sides = ("left" if i < text else "right" for i in range(len(row)))
+        return "".join(
+            f'<{tag} style="text-align:{side};padding:4px 10px 4px 0;border:0;border-bottom:1px solid {LINE};{style}">'
+            f"{escape(cell)}</{tag}>"
+            for cell, side in zip(row, sides)
+        )
+
+    head = cells(columns, "th", f"font-weight:400;font-size:12px;color:{MUTED};white-space:nowrap")
+    body = "".join(f"<tr>{cells(row, 'td', '')}</tr>" for row in rows)
+    style = f"border-collapse:collapse;font-size:13px;width:100%;{_NUMBER}"
+    return HTML(
+        f'<div style="overflow-x:auto"><table style="{style}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 def text_panel(title: str, note: str, prompt: str, text: str) -> HTML:
     """One generated text under its title; the prompt stands before it in muted ink."""
     head = (

@@ -18,11 +18,13 @@ import streamlit as st
 from app import theme
 from app.figures import HTML
 from app.markup import escape
-from cache.errors import AtomscopeError, DataError, UsageError
-from cache.workspace import ENV_HOME
+from cache.errors import AtomscopeError, DataError, MissingDataError, UsageError
+from cache.workspace import ENV_HOME, read_json
 from saes.queries import FeatureIndex
 
 PROMPT_LIMIT = 2000
+LOCK_SECONDS = 2.0
+POLES = {"positive": 1, "negative": -1}  # words, because a plus sign in a URL reads as a space
 
 
 def workspace() -> Path:
@@ -59,9 +61,15 @@ def title(text: str, aside: str = "") -> None:
 
 
 def index_metas() -> list[dict[str, Any]]:
-    """Meta of every feature index in the workspace."""
+    """Meta of every feature index in the workspace, the newest first."""
     root = workspace()
-    return FeatureIndex.list(root) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    try:
+        return FeatureIndex.list(root)[::-1]
+    except AtomscopeError as e:
+        line(str(e))
+        return []
 
 
 def sae_name(meta: dict[str, Any]) -> str:
@@ -70,25 +78,33 @@ def sae_name(meta: dict[str, Any]) -> str:
 
 
 def sae_choice() -> None:
-    """The SAE selector of the sidebar. An id in the URL that does not exist is remembered for the page to name."""
-    metas = index_metas()
-    ids = [str(m["sae_id"]) for m in metas]
+    """The SAE selector of the sidebar, its id in ?sae=. An id that does not exist is remembered for the page to name.
+
+    Not bound by Streamlit itself: a bound selector would put the name shown into the URL, and names are not ids.
+    """
+    metas = {str(m["sae_id"]): m for m in index_metas()}
     asked = st.query_params.get("sae")
-    if asked is not None and asked not in ids:
+    if asked in metas:
+        st.session_state["sae"] = asked
+    elif asked is not None:
         st.session_state["unknown_sae"] = asked
     if not metas:
         return
-    names = {str(m["sae_id"]): sae_name(m) for m in metas}
+    if st.session_state.get("sae") not in metas:
+        st.session_state["sae"] = next(iter(metas))
     st.selectbox(
-        "SAE",
-        ids,
-        format_func=lambda i: f"{names.get(i, i)}  ({i[:6]})",
-        key="sae",
-        bind="query-params",
-        on_change=lambda: st.session_state.pop("unknown_sae", None),
-    )
-    chosen = next(m for m in metas if m["sae_id"] == st.session_state["sae"])
-    muted(f"{chosen['hook']} of {chosen['model']}")
+        "SAE", list(metas), format_func=lambda i: f"{sae_name(metas[i])}  ({i[:6]})" if i in metas else i,
+        key="sae", on_change=_sae_changed,
+    )  # fmt: skip
+    chosen = st.session_state["sae"]
+    if asked != chosen:
+        st.query_params["sae"] = chosen
+    muted(f"{metas[chosen]['hook']} of {metas[chosen]['model']}")
+
+
+def _sae_changed() -> None:
+    st.query_params["sae"] = st.session_state["sae"]
+    st.session_state.pop("unknown_sae", None)
 
 
 def current_index() -> FeatureIndex | None:
@@ -98,8 +114,8 @@ def current_index() -> FeatureIndex | None:
         line(f"No SAE with the id “{unknown[:80]}” has a feature index in this workspace.")
     metas = {str(m["sae_id"]): m for m in index_metas()}
     if not metas:
-        line("No feature index yet. Make model, activations, SAEs and index in one go with", "atomscope demo")
-        muted("or, for SAEs that are trained already, atomscope index. Workspace: " + str(workspace()))
+        line("No feature index in this workspace yet. Make everything in one go with", "atomscope demo")
+        muted("For an SAE that is trained already: atomscope index SAE STORE. Workspace: " + str(workspace()))
         return None
     sae_id = st.session_state.get("sae")
     try:
@@ -139,7 +155,7 @@ def _lock() -> threading.Lock:
 def model_lock() -> Iterator[None]:
     """One forward pass at a time in this server. Raises at once where another window holds the model."""
     lock = _lock()
-    if not lock.acquire(timeout=2):
+    if not lock.acquire(timeout=LOCK_SECONDS):
         raise AtomscopeError("the model is busy in another window: wait until it has finished, then try again")
     try:
         yield
@@ -157,17 +173,16 @@ def loaded(meta: dict[str, Any]) -> bool:
     return meta["model"] in _models()
 
 
-def load(meta: dict[str, Any]) -> None:
-    """Load the model an SAE was trained on. Refuses other weights than those."""
+def load(meta: dict[str, Any], source: str) -> None:
+    """Load the model an SAE was trained on from a name or folder. Refuses other weights than those."""
     from cache.models import load_model
 
     with model_lock():
-        model = load_model(meta["model"], workspace=workspace())
+        model = load_model(source, workspace=workspace())
         wanted, found = load_sae(meta).cfg.model_sha, model.identity["weights_sha256"]
         if wanted and wanted != found:
             raise DataError(
-                f"the SAE was trained on weights {wanted[:12]}, but {meta['model']} now has {found[:12]}: "
-                "harvest, train and index again with the present model"
+                f"the SAE was trained on weights {wanted[:12]}, {source} has {found[:12]}: name the model it was trained on"
             )
         _models().clear()
         _models()[meta["model"]] = model
@@ -179,7 +194,20 @@ def model_of(meta: dict[str, Any]) -> Any:
 
 def load_sae(meta: dict[str, Any]) -> Any:
     """The SAE of an index."""
-    return _load_sae(str(meta["sae_path"]))
+    return _load_sae(str(sae_folder(meta)))
+
+
+def sae_folder(meta: dict[str, Any]) -> Path:
+    """Folder of the SAE with this id, inside the workspace."""
+    root = workspace()
+    named = [root / meta["sae_path"]] if meta.get("sae_path") else []
+    for folder in [*named, *(p.parent for p in sorted(root.glob("saes/*/*/cfg.json")))]:
+        cfg = folder / "cfg.json"
+        if cfg.is_file() and folder.resolve().is_relative_to(root):
+            found = read_json(cfg).get("metadata", {}).get("sae_id")
+            if found == meta["sae_id"]:
+                return folder
+    raise MissingDataError(f"the SAE {meta['sae_id']} is not in this workspace any more: train and index it again")
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
@@ -189,15 +217,30 @@ def _load_sae(path: str) -> Any:
     return SAE.load(path)
 
 
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _train_mean(store: str, hook: str) -> Any:
+    from cache.store import ActivationStore
+
+    return ActivationStore.open(Path(store)).stats(hook, split="train", skip="first").mean
+
+
+def train_mean(meta: dict[str, Any]) -> Any:
+    """Mean residual of the store's training rows, float64 [d_model]."""
+    return _train_mean(str(workspace() / "activations" / meta["store"]), meta["hook"])
+
+
 def model_button(meta: dict[str, Any]) -> bool:
     """True once the model is loaded; until then the one button that loads it."""
     if loaded(meta):
         return True
-    muted(f"This page runs {meta['model']} on this machine. Nothing leaves it.")
+    source = st.text_input(
+        "Model", value=meta["model"], key="model_source", max_chars=300, help="Packaged name, local folder or hub id"
+    )
+    muted("Runs on this machine. The weights must be those that the SAE was trained on.")
     if st.button("Load the model", type="primary", key="load_model"):
         try:
             with st.spinner("Loading model and SAE"):
-                load(meta)
+                load(meta, (source or meta["model"]).strip())
         except AtomscopeError as e:
             line(str(e))
             return False

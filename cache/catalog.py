@@ -17,7 +17,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from cache.errors import AtomscopeError, MissingDataError, UsageError
+from cache.errors import MissingDataError, UsageError
 from cache.views import create_view, literal, tokens_sql
 from cache.workspace import workspace_path
 
@@ -30,17 +30,17 @@ Views = Callable[[Path], list[str]]
 def connect(workspace: str | os.PathLike[str] | None = None) -> duckdb.DuckDBPyConnection:
     """An in-memory connection with the views of the workspace as it is now; connect again to see more."""
     root = workspace_path(workspace, create=False)
-    con = _open([root])
+    con = _open(root, root)
     for views in _sources():
         _create(con, views(root))
     return con
 
 
-def _open(folders: Iterable[Path]) -> duckdb.DuckDBPyConnection:
+def _open(workspace: Path, readable: Path) -> duckdb.DuckDBPyConnection:
+    """A connection that reads files of one folder only and spills large sorts to the workspace's `_tmp`."""
     con = duckdb.connect()
-    folders = list(folders)
-    con.execute(f"SET temp_directory = {literal(folders[0] / '_tmp' / 'duckdb')}")
-    con.execute(f"SET allowed_directories = [{', '.join(literal(f) for f in folders)}]")
+    con.execute(f"SET temp_directory = {literal(workspace / '_tmp')}")
+    con.execute(f"SET allowed_directories = [{literal(readable)}]")
     con.execute("SET enable_external_access = false")
     return con
 
@@ -62,14 +62,16 @@ def _sources() -> list[Views]:
 
 def _create(con: duckdb.DuckDBPyConnection, statements: Iterable[str]) -> None:
     """Run the statements; a view over a damaged file tells so when it is queried, and the others work."""
+    cause = ""
     for sql in statements:
         try:
             con.execute(sql)
         except duckdb.Error as e:
             name = re.match(r'CREATE (?:OR REPLACE )?VIEW\s+"?(\w+)"?\s+AS', sql)
-            if name is None:
-                raise AtomscopeError(f"a package's view is wrong: {first_line(e)}") from e
-            message = f"view {name[1]} cannot be read ({first_line(e)}): check with `atomscope store verify`"
+            if name is None:  # an ATTACH: the views over it fail next
+                cause = first_line(e)
+                continue
+            message = f"view {name[1]} cannot be read ({cause or first_line(e)}): check with `atomscope store verify`"
             con.execute(
                 create_view(name[1], f"SELECT NULL AS problem WHERE error({literal(message)}) IS NULL")
             )
@@ -79,8 +81,9 @@ def select_rows(corpus: Path, where: str) -> np.ndarray:
     """Row ids, ascending, of the tokens of one corpus that meet a SQL condition."""
     if not (corpus / "tokens.parquet").exists():
         raise MissingDataError(f"{corpus} has no token table: build the corpus again")
-    con = _open([corpus.resolve()])
-    con.execute(create_view("tokens", tokens_sql(corpus.resolve())))
+    corpus = corpus.resolve()
+    con = _open(corpus.parent.parent, corpus)
+    con.execute(create_view("tokens", tokens_sql(corpus)))
     query = f"SELECT row FROM tokens WHERE (\n{where}\n) ORDER BY row"
     try:
         if len(con.extract_statements(query)) != 1:

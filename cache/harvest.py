@@ -28,7 +28,8 @@ from cache.writer import TORCH_DTYPE
 
 BATCH_TOKENS = 2048
 AUTO_FP16_BELOW = 32_000.0
-"""`dtype="auto"` stores fp16 if the first batch stays below this (half of the fp16 limit), else bf16."""
+"""`dtype="auto"` stores fp16 if a probe of the model stays below this (half of the fp16 limit), else bf16."""
+PROBE_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def harvest(
         "prepend_bos": bool(corpus.meta["prepend_bos"]),
     }
     store = ActivationStore.create(workspace, identity, corpus, rows_per_shard=rows_per_shard)
+    dtypes = _known_dtypes(store, wanted, dtype)
     missing = {h: set(range(len(store.shards))) - store.committed(h) for h in wanted}
     todo = [s for s in range(len(store.shards)) if any(s in missing[h] for h in wanted)]
     store.last_run = {"tokens": 0, "seconds": 0.0, "forward_seconds": 0.0, "write_seconds": 0.0}
     if not todo:
         return store
 
-    dtypes = _dtypes(model, store, wanted, dtype, todo[0], batch_tokens)
+    dtypes |= _probed_dtypes(model, store, [h for h in wanted if h not in dtypes], todo[0])
     rows = sum(store.shards[s][3] - store.shards[s][2] for s in todo)
     done = corpus.n_tokens - rows
     shown = progress("harvest", corpus.n_tokens, unit="tok", done=done) if show_progress else nullcontext()
@@ -170,10 +172,8 @@ def _check(model: LanguageModel, corpus: Corpus, hooks: list[str], batch_tokens:
         )
 
 
-def _dtypes(
-    model: LanguageModel, store: ActivationStore, hooks: list[str], dtype: str, shard: int, batch_tokens: int
-) -> dict[str, torch.dtype]:
-    """Store dtype of each hook: what the hook has already, else what was asked for, else by a probe batch."""
+def _known_dtypes(store: ActivationStore, hooks: list[str], dtype: str) -> dict[str, torch.dtype]:
+    """Store dtype of the hooks that have one already; of all of them if one was asked for."""
     out: dict[str, torch.dtype] = {}
     for hook in hooks:
         stored = store.dtype(hook) if store.committed(hook) else None
@@ -184,14 +184,22 @@ def _dtypes(
             )
         if stored is not None or dtype != "auto":
             out[hook] = TORCH_DTYPE[stored or dtype]
-    unknown = [h for h in hooks if h not in out]
-    if unknown:
-        batch = next(plan_batches(store.corpus, *store.shards[shard][:2], batch_tokens))
-        for hook, x in model.capture(batch.tokens, unknown).items():
-            x = x.flatten(0, 1).index_select(0, batch.source.to(x.device))
-            _refuse_bad(x, batch.rows, hook, torch.float32, store.corpus)
-            peak = float(x.abs().max())
-            out[hook] = torch.float16 if peak < AUTO_FP16_BELOW else torch.bfloat16
+    return out
+
+
+def _probed_dtypes(
+    model: LanguageModel, store: ActivationStore, hooks: list[str], shard: int
+) -> dict[str, torch.dtype]:
+    """fp16 for the hooks whose probe leaves enough room, else bf16."""
+    if not hooks:
+        return {}
+    # The longest sequences: short ones do not show how far a stream can go.
+    *_, batch = plan_batches(store.corpus, *store.shards[shard][:2], PROBE_TOKENS)
+    out: dict[str, torch.dtype] = {}
+    for hook, x in model.capture(batch.tokens, hooks).items():
+        x = x.flatten(0, 1).index_select(0, batch.source.to(x.device))
+        _refuse_bad(x, batch.rows, hook, torch.float32, store.corpus)
+        out[hook] = torch.float16 if float(x.abs().max()) < AUTO_FP16_BELOW else torch.bfloat16
     return out
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from cache.records import (
 from cache.stream import Batch, Stream
 from cache.vectors import Vectors
 from cache.workspace import canonical_json, workspace_path, write_json
-from cache.writer import TORCH_DTYPE, ShardWriter
+from cache.writer import TORCH_DTYPE, ShardWriter, TokenSlices
 
 if TYPE_CHECKING:
     from cache.corpus import Corpus
@@ -81,7 +82,7 @@ class ActivationStore:
     """Open one with `ActivationStore.open(path)`; `harvest` makes and fills it."""
 
     def __init__(self, path: Path, corpus: Corpus) -> None:
-        self.path = Path(path)
+        self.path = Path(path).resolve()
         self.meta: dict[str, Any] = read_store_json(self.path)
         self.corpus = corpus
         if corpus.fingerprint != self.meta["corpus"]:
@@ -153,7 +154,7 @@ class ActivationStore:
     @property
     def workspace(self) -> Path:
         """The workspace this store is in."""
-        return self.path.resolve().parents[1]
+        return self.path.parents[1]
 
     @property
     def hash(self) -> str:
@@ -351,8 +352,8 @@ class ActivationStore:
             for record in self._existing(name, refresh=True).values():
                 try:
                     problems += self._verify_shard(name, record)
-                except (AtomscopeError, OSError) as e:  # pyarrow's errors are OSErrors or ValueErrors
-                    problems.append(str(e))
+                except (AtomscopeError, OSError, pa.ArrowException) as e:
+                    problems.append(f"{self.folder(name) / record.file}: {e}")
         return problems
 
     def _verify_shard(self, hook: str, record: ShardRecord) -> list[str]:
@@ -363,13 +364,10 @@ class ActivationStore:
             for g, group in enumerate(record.groups)
             if reader.digest(g, COLUMN) != group["pages"][COLUMN]["xxh3"]
         ]
-        table = pq.read_table(path, columns=["doc", "pos", "tok"])
-        for column in table.column_names:
-            want = self.corpus.column(column)[record.row0 : record.row0 + record.rows]
-            if not np.array_equal(table.column(column).to_numpy(), want):
-                problems.append(
-                    f"{path}: column {column} is not the corpus's: delete its .json, harvest again"
-                )
+        want = TokenSlices(self.corpus.path / "tokens.parquet").read(record.row0, record.row0 + record.rows)
+        found = pq.read_table(path, columns=want.column_names)
+        if found.columns != want.columns:
+            problems.append(f"{path}: doc, pos, tok are not the corpus's: delete its .json, harvest again")
         return problems
 
 

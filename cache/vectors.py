@@ -79,7 +79,9 @@ class Vectors:
         """Fill `out`, uint8 [n, width], with the rows `ids` (ascending)."""
         if not len(ids):
             return
-        cuts = np.flatnonzero(np.diff(ids) > max(1, GAP_BYTES // self.width)) + 1
+        block = np.searchsorted(self.blocks[:, 0], ids, side="right")
+        far = np.diff(ids) > max(1, GAP_BYTES // self.width)
+        cuts = np.flatnonzero(far | (np.diff(block) > 0)) + 1  # a shard may be missing between two blocks
         bounds = [0, *cuts.tolist(), len(ids)]
         for a, b in pairwise(bounds):
             first, stop = int(ids[a]), int(ids[b - 1]) + 1

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TORCH_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAME = {v: k for k, v in TORCH_DTYPE.items()}
-_CHUNK = 1024  # rows; keeps the float64 copy in the cache
+_CHUNK = 512  # rows; keeps the float64 copy in the cache
 _Job = tuple[int, str, Tensor]
 
 
@@ -67,6 +67,8 @@ class ShardWriter:
     def submit(self, shard: int, hook: str, x: Tensor | np.ndarray) -> None:
         """Queue shard `shard` of `hook`: [rows of the shard, d] in the dtype to store."""
         self._raise()
+        if not self._thread.is_alive():
+            raise UsageError("this writer is closed: take another with store.writer()")
         x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
         row0, row1 = self.store.shards[shard][2:]
         if x.dtype not in DTYPE_NAME:
@@ -157,13 +159,15 @@ def row_sums(x: Tensor, classes: np.ndarray) -> tuple[np.ndarray, dict[str, Sums
     member[torch.from_numpy(classes.astype(np.int64)), torch.arange(n)] = 1.0
     total, total_sq = torch.zeros(k, d, dtype=torch.float64), torch.zeros(k, d, dtype=torch.float64)
     sq_norm, peak = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    buffer = torch.empty(min(n, _CHUNK), d, dtype=torch.float64)
     for a in range(0, n, _CHUNK):
-        chunk, rows = x[a : a + _CHUNK].double(), slice(a, a + _CHUNK)
-        square = chunk * chunk
+        rows = slice(a, min(a + _CHUNK, n))
+        chunk = buffer[: rows.stop - a].copy_(x[rows])
         total.addmm_(member[:, rows], chunk)
-        total_sq.addmm_(member[:, rows], square)
-        torch.sum(square, dim=1, out=sq_norm[rows])
-        peak[rows] = square.amax(dim=1).sqrt()
+        chunk.mul_(chunk)
+        total_sq.addmm_(member[:, rows], chunk)
+        torch.sum(chunk, dim=1, out=sq_norm[rows])
+        peak[rows] = chunk.amax(dim=1).sqrt()
     norm = sq_norm.sqrt()
     stats = {}
     for i, name in enumerate(ROW_CLASSES):

@@ -81,10 +81,20 @@ def evaluate(
     base = {"sae_id": sae_id, "store": store.path.name, "hook": hook, "created": created}
     columns = {"lo": None, "hi": None, "ci_low": None, "ci_high": None}
     rows = [base | columns | r for r in rows]
-    path = store.workspace / "evaluations" / f"{sae_id}@{store.path.name}.parquet"
+    path = evaluation_path(sae_id, store)
     with atomic_file(path) as tmp:
         pq.write_table(pa.Table.from_pylist(rows), tmp)
     return Evaluation(rows, path)
+
+
+def evaluation_path(sae_id: str, store: Any) -> Path:
+    return store.workspace / "evaluations" / f"{sae_id}@{store.path.name}.parquet"
+
+
+def load_evaluation(sae: SAE, store: Any) -> Evaluation | None:
+    """The evaluation of this SAE on this store that an earlier call wrote, or None."""
+    path = evaluation_path(sae.sae_id, store)
+    return Evaluation(pq.read_table(path).to_pylist(), path) if path.is_file() else None
 
 
 def check_fit(sae: SAE, store: Any) -> str:

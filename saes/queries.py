@@ -317,7 +317,7 @@ class FeatureIndex:
     def token(self, tok: Any) -> str:
         """Text of a token id; empty for a missing one."""
         vocab = self.corpus.vocab
-        return "" if tok is None or tok != tok or not 0 <= int(tok) < len(vocab) else vocab[int(tok)]
+        return "" if pd.isna(tok) or not 0 <= int(tok) < len(vocab) else vocab[int(tok)]
 
     def labels(self) -> dict[tuple[int, int], dict[str, Any]]:
         """Labels in force, by (feature, sign)."""

@@ -23,8 +23,13 @@ class Firings(NamedTuple):
 
 
 def sort_block(f: Firings) -> Firings:
-    """Sort by feature, then by falling value. Values are ordered as float16 first, exactly within equal float16."""
-    bits = f.value.astype(np.float16).view(np.uint16)
+    """Sort by feature, then by falling value. Values that are not float16 (a shard in float32) take a plain sort."""
+    with np.errstate(over="ignore"):
+        half = f.value.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), f.value):
+        order = np.lexsort((-f.value, f.feature))
+        return Firings(f.feature[order], f.row[order], f.value[order])
+    bits = half.view(np.uint16)
     # order-preserving map of float16 bits, inverted so that the largest comes first
     rising = np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16)
     order = np.argsort(np.uint16(0xFFFF) - rising, kind="stable")
@@ -61,11 +66,8 @@ def statistics(f: Firings, runs: Runs) -> dict[str, np.ndarray]:
     fires = runs.n > 0
     largest = np.zeros(len(runs.n), dtype=np.float32)
     smallest = np.zeros(len(runs.n), dtype=np.float32)
-    # equal float16 keys leave exact values unordered inside a tie: take extremes over the run itself
-    starts = runs.start[fires]
-    if len(starts):
-        largest[fires] = np.maximum.reduceat(f.value, starts)
-        smallest[fires] = np.minimum.reduceat(f.value, starts)
+    largest[fires] = f.value[runs.start[fires]]
+    smallest[fires] = f.value[end[fires] - 1]
     return {
         "n_fire": runs.n,
         "n_pos": runs.n_pos,

@@ -17,7 +17,7 @@ from cache.errors import DataError
 from cache.workspace import canonical_json
 from saes.codes import Codes
 from saes.config import SAEConfig
-from saes.kernels import Scratch, decode_rows, sparse_step, top_pre_activations
+from saes.kernels import decode_rows, sparse_step, top_pre_activations
 
 
 class SAE(nn.Module):
@@ -35,7 +35,6 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_model))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_model))
-        self._scratch = Scratch()
 
     def encode(self, x: Tensor) -> Codes:
         """Codes of x `[..., d_model]` (leading axes flattened to rows): values float32 `[B, k]`, indices int32.
@@ -50,7 +49,7 @@ class SAE(nn.Module):
             return Codes(values, indices.int())
         with torch.no_grad():
             values, indices = top_pre_activations(
-                rows - self.b_dec, self.W_enc, self.b_enc, self.cfg.k, signed=self.cfg.signed, scratch=self._scratch
+                rows - self.b_dec, self.W_enc, self.b_enc, self.cfg.k, signed=self.cfg.signed
             )
             return Codes(values if self.cfg.signed else values.relu_(), indices.int())
 

@@ -82,7 +82,7 @@ def parse(markup_object: object) -> _Seen:
 def assert_inert(markup_object: object) -> _Seen:
     """Nothing but our own tags and attributes exists, whatever the data was."""
     seen = parse(markup_object)
-    assert set(seen.tags) <= {"div", "span", "b"}
+    assert set(seen.tags) <= {"div", "span", "b", "table", "thead", "tbody", "tr", "th", "td"}
     assert seen.attributes <= {"style", "title"}
     assert seen.depth == 0 and not seen.comments
     assert all("url(" not in s and "position" not in s and "<" not in s for s in seen.styles)
@@ -114,6 +114,7 @@ def test_hostile_tokens_in_the_other_panels_stay_text(tokens: list[str], word: s
     )
     assert_inert(figures.logit_table(frame))
     assert_inert(figures.stat_tiles([(hostile, hostile)]))
+    assert_inert(figures.table([hostile, "n"], [[hostile, 1], [tokens[-1], 2]]))
     assert_inert(figures.meters([figures.Meter(hostile, 1.0, 2.0, " %")]))
     both = assert_inert(figures.steer_compare(hostile, hostile, tokens[-1], notes=(hostile, hostile)))
     assert both.text.count(markup.plain(hostile)) >= 3

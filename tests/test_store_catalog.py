@@ -111,12 +111,37 @@ def test_one_damaged_file_does_not_close_the_whole_catalogue(tmp_path: Path) -> 
     assert "schema version" in problems[0][0]
 
 
+def test_a_database_that_cannot_be_attached_is_named_by_the_views_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "index.duckdb").write_bytes(b"half a database")
+    statements = [
+        f"ATTACH '{tmp_path / 'index.duckdb'}' AS features_0 (READ_ONLY)",
+        'CREATE OR REPLACE VIEW "features" AS SELECT * FROM features_0.features',
+        "CREATE VIEW ones AS SELECT 1 AS one",
+    ]
+    monkeypatch.setattr("cache.catalog._sources", lambda: [lambda workspace: statements])
+    con = connect(tmp_path)
+    assert con.execute("SELECT one FROM ones").fetchall() == [(1,)]
+    with pytest.raises(duckdb.Error, match=r"view features cannot be read .*index\.duckdb"):
+        con.execute("SELECT count(*) FROM features").fetchall()
+
+
 def test_sql_cannot_read_files_outside_the_workspace(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "secret.csv").write_text("a\n1\n")
     con = connect(tmp_path / "inside")
     with pytest.raises(duckdb.Error, match="Cannot access file"):
         con.execute(f"SELECT * FROM read_csv('{tmp_path / 'secret.csv'}')").fetchall()
+
+
+def test_a_sort_larger_than_memory_spills_into_the_workspace_and_leaves_nothing(tmp_path: Path) -> None:
+    con = connect(tmp_path)
+    con.execute("SET memory_limit = '30MB'; SET threads = 1")
+    query = "SELECT sum(length(b)) FROM (SELECT hash(range)::VARCHAR AS b FROM range(1000000) ORDER BY b OFFSET 9)"
+    assert con.execute(query).fetchall()[0][0] > 1e7
+    con.close()
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_a_workspace_with_a_quote_and_spaces_in_its_name_works(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -76,6 +77,15 @@ def test_one_flipped_bit_in_the_vectors_is_found_and_located(tmp_path: Path) -> 
     problems = store.verify()
     assert len(problems) == 1
     assert record.file in problems[0] and "row group 1" in problems[0] and "harvest again" in problems[0]
+
+
+def test_damage_of_a_token_column_is_found(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path)
+    chunk = pq.read_metadata(data_file(store, 1)).row_group(0).column(2)
+    assert chunk.path_in_schema == "tok"
+    flip(data_file(store, 1), chunk.data_page_offset + chunk.total_compressed_size - 8)
+    problems = store.verify()
+    assert len(problems) == 1 and store.records(HOOK)[1].file in problems[0]
 
 
 def test_a_flipped_bit_in_a_page_header_is_found_before_the_vectors_are_read(tmp_path: Path) -> None:
@@ -223,6 +233,8 @@ def test_input_of_a_wrong_shape_or_dtype_is_refused_at_once(tmp_path: Path) -> N
             writer.submit(0, HOOK, x[:, :7])
         with pytest.raises(UsageError, match="not a hook name"):
             writer.submit(0, "acts/../x", x)
+    with pytest.raises(UsageError, match="writer is closed"):
+        writer.submit(0, HOOK, x)
 
 
 def test_a_folder_that_is_not_a_store_is_missing_data(tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ def test_only_shards_that_all_hooks_hold_are_streamed(tmp_path: Path) -> None:
     ]
 
 
+def test_readers_load_only_the_two_byte_columns_of_a_token_table_that_may_be_huge(tmp_path: Path) -> None:
+    made, _ = make_store(tmp_path)
+    store = ActivationStore.open(made.path)
+    next(store.stream(HOOK, batch_size=20))
+    assert list(store.sequential(HOOK, batch_size=20)) and len(store.rows(HOOK, [1, 2])) == 2
+    assert store.stats(HOOK).n and not store.verify()
+    assert set(store.corpus._columns) == {"flags", "split"}
+
+
 def test_asking_for_what_is_not_there_says_what_to_do(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [5, 6, 7])  # no held-out document
     with pytest.raises(MissingDataError, match="no heldout rows"):

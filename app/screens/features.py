@@ -5,27 +5,29 @@ URL: ?sae=&fid=&sign=&q=&mode=&dens=&sort=&page=&kind=&width=. Everything shown 
 
 from __future__ import annotations
 
-import random
+from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import streamlit as st
 
 from app import figures, state
 from cache.errors import AtomscopeError
-from saes.queries import FeatureIndex
+from saes.labels import add_label, label_events
+from saes.queries import Example, FeatureIndex
 
 PAGE_SIZE = 50
 MODES = {"Label": "label", "Token": "token", "Id": "id"}
 HINTS = {"Label": "words of a label", "Token": "a token it fires on, e.g. calendar", "Id": "a number"}
-SORTS = {"density": "density", "largest activation": "max_act", "id": "feature"}
+SORTS = {"by density": "density", "by activation": "max_act", "by id": "feature"}
 KINDS = {"Top": "top", "Quantiles": "quantile", "Random": "random"}
 WIDTHS = {"10": 10, "30": 30, "Context": 1024}
 COLUMNS = {
-    "feature": st.column_config.NumberColumn("id", width=56, format="%d"),
-    "label": st.column_config.TextColumn("label"),
-    "top_token": st.column_config.TextColumn("top token", width=90),
-    "density": st.column_config.NumberColumn("density", width=72, format="%.3g %%"),
-    "max_act": st.column_config.NumberColumn("max", width=56, format="%.1f"),
+    "feature": st.column_config.NumberColumn("id", width=48, format="%d"),
+    "label": st.column_config.TextColumn("label", width=110),
+    "top_token": st.column_config.TextColumn("top token", width=88),
+    "density": st.column_config.NumberColumn("density", width=70, format="%.3g %%"),
+    "max_act": st.column_config.NumberColumn("max", width=54, format="%.1f"),
 }
 
 
@@ -40,11 +42,7 @@ def choose_row(features: list[int]) -> None:
 
 
 def choose_random(index: FeatureIndex) -> None:
-    """A feature that fires, each as likely as any other."""
-    _, total = index.list_features(limit=1)
-    if total:
-        frame, _ = index.list_features(sort="feature", descending=False, limit=1, offset=random.randrange(total))
-        choose(int(frame["feature"].iloc[0]))
+    choose(index.random_feature())
 
 
 def first_page() -> None:
@@ -53,50 +51,45 @@ def first_page() -> None:
 
 def feature_list(index: FeatureIndex) -> int | None:
     """Filters, one page of features, and the first feature of the list."""
-    mode = st.session_state.get("mode") or "Label"
-    query = st.text_input(
-        "Search features",
-        key="q",
-        type="search",
-        placeholder=HINTS.get(mode, ""),
-        max_chars=200,
-        live="250ms",
-        on_change=first_page,
-        bind="query-params",
-        label_visibility="collapsed",
-    )
-    top = st.columns([0.5, 0.5], vertical_alignment="bottom")
-    with top[0]:
-        st.pills(
+    search = st.container()
+    left, right = st.columns(2, vertical_alignment="bottom")
+    with left:
+        mode = st.pills(
             "Search by", list(MODES), default="Label", required=True, key="mode", bind="query-params",
             on_change=first_page, label_visibility="collapsed",
-        )  # fmt: skip
-    with top[1]:
+        ) or "Label"  # fmt: skip
+    with right:
         sort = st.selectbox(
             "Sort by", list(SORTS), key="sort", bind="query-params", on_change=first_page,
-            format_func=lambda s: f"by {s}", label_visibility="collapsed",
+            label_visibility="collapsed",
+        )  # fmt: skip
+    with search:
+        query = st.text_input(
+            "Search features", key="q", type="search", placeholder=HINTS[mode], max_chars=200, live="250ms",
+            on_change=first_page, bind="query-params", label_visibility="collapsed",
         )  # fmt: skip
     low, high = st.slider(
         "Fires on this share of tokens, log10", -6.0, 0.0, (-6.0, 0.0), 0.5, key="dens", bind="query-params",
         on_change=first_page,
     )  # fmt: skip
     whole = (low, high) == (-6.0, 0.0)
+    found = index.tokens_like(query) if mode == "Token" and query else None
     frame, total = index.list_features(
         query=query or "",
         mode=MODES[mode],
         density=None if whole else (10**low, 10**high),
-        sort=SORTS[sort],
-        descending=sort != "id",
+        sort="match" if found is not None and sort == "by density" else SORTS[sort],
+        descending=sort != "by id",
         limit=PAGE_SIZE,
         offset=PAGE_SIZE * (_page() - 1),
     )
-    state.muted(f"{total:,} of {index.meta['d_sae']:,} features" + ("" if total else ": widen the search"))
+    state.muted(f"{total:,} of {index.meta['d_sae']:,} features{tokens_searched(found)}")
     if not len(frame):
+        state.line("Nothing matches: clear the search or widen the density range.")
         return None
     shown = frame[list(COLUMNS)].copy()
     shown["density"] *= 100
     shown["top_token"] = [figures.glyphs(str(t)) for t in shown["top_token"]]
-    shown["label"] = shown["label"].fillna("")
     ids = [int(f) for f in frame["feature"]]
     st.dataframe(
         shown,
@@ -114,49 +107,72 @@ def feature_list(index: FeatureIndex) -> int | None:
     return ids[0]
 
 
+def tokens_searched(found: pd.DataFrame | None) -> str:
+    """Which tokens a typed text stood for."""
+    if found is None:
+        return ""
+    names = [figures.glyphs(str(t)) for t in found["token"].head(6)]
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    return f", strongest first, that fire on {', '.join(names)}{more}" if names else ": no such token in the corpus"
+
+
 def _page() -> int:
     asked = st.session_state.get("page") or st.query_params.get("page", 1)
     return int(asked) if str(asked).isdigit() and int(asked) > 0 else 1
 
 
-def header(index: FeatureIndex, f: dict[str, Any], sign: int) -> None:
-    left, right = st.columns([0.62, 0.38], vertical_alignment="top")
-    with left:
-        state.title(f.get("label") or "No label yet", str(f["feature"]))
-        state.muted(about(f, index.meta))
+def header(index: FeatureIndex, first: int | None) -> int | None:
+    """Title, id box and actions; returns the feature that is shown."""
+    left, box, right = st.columns([0.56, 0.12, 0.32], vertical_alignment="top")
+    with box:
+        text = st.text_input(
+            "Feature id", key="fid", bind="query-params", max_chars=80, label_visibility="collapsed",
+            placeholder="" if first is None else str(first),
+        )  # fmt: skip
     with right, st.container(horizontal=True, horizontal_alignment="right"):
         st.button("Random", on_click=choose_random, args=(index,), help="Any feature that fires")
-        if st.button("Steer with it", type="primary"):
-            ids = {"sae": index.meta["sae_id"], "fid": str(f["feature"]), "sign": "+" if sign > 0 else "−"}
-            st.switch_page("pages/steer.py", query_params=ids)
+        steer = st.button("Steer with it", type="primary", key="to_steering")
+    with left:
+        try:
+            feature = state.feature_id(text, index.meta["d_sae"]) if text else first
+            if feature is None:
+                return None
+            f = index.feature(feature)
+        except AtomscopeError as e:
+            state.line(str(e))
+            return None
+        state.title(f["label"] or "No label yet", str(feature))
+        state.muted(about(f, index.meta))
+    if steer:
+        pole = st.session_state.get("sign") or "positive"
+        ids = {"sae": index.sae_id, "fid": str(feature)} | ({"sign": pole} if index.meta["signed"] else {})
+        st.switch_page("screens/steer.py", query_params=ids)
+    return feature
 
 
 def about(f: dict[str, Any], meta: dict[str, Any]) -> str:
     """Whose label it is and how the feature can be read."""
     parts = []
-    if f.get("label"):
-        score = f.get("label_score")
-        by = " ".join(str(f[k]) for k in ("label_method", "label_author") if f.get(k))
-        parts.append(f"Label: {by or 'by hand'}" + (f", score {score:.2f}" if score is not None else ", not scored"))
+    for sign, e in f["labels"].items():
+        pole = {1: "+ ", -1: "− "}[sign] if meta["signed"] else ""
+        score = "not scored" if e["score"] is None else f"score {e['score']:.2f}"
+        parts.append(f"Label {pole}by {e['author']} ({e['method']}, {score})")
     if meta["signed"]:
-        parts.append("two poles, + and −; the sign is fixed so that + is the larger side")
-    parts.append(f"{meta['hook']}, {meta['model']}")
-    return " · ".join(parts)
+        parts.append("two poles, + and −")
+    return " · ".join(parts) or f"Strongest in sum on {figures.glyphs(f['top_token'])}"
 
 
 def tiles(f: dict[str, Any], meta: dict[str, Any]) -> figures.HTML:
-    density = f["density"]
+    density = float(f["density"])
     stats = [
         (f"{figures.number(100 * density)} %", f"of tokens, 1 in {round(1 / density):,}" if density else "of tokens"),
         (figures.number(f["max_act"]), "largest activation"),
     ]
     if meta["signed"]:
         stats.append((figures.number(f["min_act"]), "lowest activation"))
-    stats.append((f"{f['n_fire']:,}", "tokens it fires on"))
-    largest = max(abs(f["max_act"] or 0), abs(f["min_act"] or 0))
-    if f.get("dec_norm") and meta.get("mean_resid_norm"):
-        share = largest * f["dec_norm"] / meta["mean_resid_norm"]
-        stats.append((figures.number(share), "of the residual norm, at most"))
+    stats.append((f"{int(f['n_fire']):,}", "tokens it fires on"))
+    share = max(abs(f["max_act"]), abs(f["min_act"])) * f["dec_norm"] / meta["mean_resid_norm"]
+    stats.append((figures.number(share), "× mean residual norm, at most"))
     return figures.stat_tiles(stats)
 
 
@@ -174,15 +190,23 @@ def activations(index: FeatureIndex, feature: int, sign: int) -> None:
         )  # fmt: skip
     examples = index.examples(feature, kind=KINDS[kind or "Top"], sign=sign, n=20, width=WIDTHS[width or "30"])
     f = index.feature(feature)
-    splits = {e.split for e in examples}
-    held = {0: "training documents", 1: "held-out documents"}
-    where = " and ".join(held.get(s, str(s)) for s in sorted(splits, key=str))
-    if examples:
-        scale = max(abs(f["max_act"] or 0), abs(f["min_act"] or 0))
-        footer = f"{len(examples)} of {f['n_fire']:,} tokens that it fires on · {where}"
-        st.html(figures.examples_panel(examples, scale=scale, footer=footer))
-    else:
+    if not examples:
         state.muted("No context: the feature did not fire on this side in the indexed tokens.")
+        return
+    names = {"train": "training", "heldout": "held-out"}
+    where = " and ".join(names[s] for s in ("train", "heldout") if any(e.split == s for e in examples))
+    scale = max(abs(f["max_act"]), abs(f["min_act"]))
+    footer = f"{len(examples)} contexts of the {f['n_fire']:,} tokens that it fires on · {where} documents"
+    st.html(figures.examples_panel([named(e) for e in examples], scale=scale, footer=footer))
+
+
+def named(e: Example) -> Example:
+    """The example with its band in words."""
+    if not e.band:
+        return e
+    tenth = int(e.band[1:])
+    words = {0: "strongest tenth of its firings", 9: "weakest tenth"}.get(tenth, f"{10 * tenth} to {10 * tenth + 10} %")
+    return replace(e, band=words)
 
 
 def plots(index: FeatureIndex, feature: int) -> None:
@@ -190,15 +214,19 @@ def plots(index: FeatureIndex, feature: int) -> None:
     with left:
         histogram = index.histogram(feature)
         n = int(histogram["count"].sum()) if len(histogram) else 0
-        state.muted(f"Non-zero activations, {n:,} of {index.meta['n_rows']:,} tokens, log count")
+        state.muted(f"Non-zero activations, {n:,} of {index.meta['n_tokens']:,} tokens, log count")
         if n:
             st.plotly_chart(
                 figures.act_histogram(histogram, theme=state.theme_name()),
                 theme=None, key="hist", config={"displayModeBar": False}, alt="Histogram of activations",
             )  # fmt: skip
     with right:
-        state.muted("Direct effect on the next token (logit lens, direct path only): most raised, most lowered")
-        st.html(figures.logit_table(index.logits(feature), n=10))
+        lens = index.logits(feature)
+        if len(lens):
+            state.muted("Direct effect on the next token (logit lens, direct path only): most raised, most lowered")
+            st.html(figures.logit_table(lens, n=10))
+        else:
+            state.line("No logit lens in this index. Build it with the model:", "atomscope index")
 
 
 def neighbours(index: FeatureIndex, feature: int) -> None:
@@ -233,30 +261,36 @@ def labels(index: FeatureIndex, feature: int, sign: int) -> None:
         author = st.text_input("Author", max_chars=60, value="", placeholder="your name or initials")
         if st.form_submit_button("Save label", type="primary"):
             if text.strip():
-                index.add_label(feature, text.strip(), sign=sign, author=author.strip(), method="by hand")
-                st.rerun()
+                save(index, feature, sign, text, author)
             state.line("The label is empty: type some words first.")
-    history = index.labels(feature)
-    if len(history):
+    events = [e for e in label_events(index.workspace) if (e["sae_id"], e["feature"]) == (index.sae_id, feature)]
+    if events:
+        history = pd.DataFrame(events[::-1])[["text", "sign", "author", "method", "score", "created"]]
         st.dataframe(history, hide_index=True, key="history", alt="Labels given to this feature, newest first")
 
 
-def detail(index: FeatureIndex, text: str) -> None:
+def save(index: FeatureIndex, feature: int, sign: int, text: str, author: str) -> None:
     try:
-        feature = state.feature_id(text, index.meta["d_sae"])
-        f = index.feature(feature)
-    except AtomscopeError as e:
-        state.line(str(e))
-        return
-    sign = 1
-    if index.meta["signed"]:
-        sign = -1 if st.session_state.get("sign") == "−" else 1
-    header(index, f, sign)
+        add_label(
+            index.workspace, sae_id=index.sae_id, feature=feature, sign=sign, text=text, author=author.strip() or None
+        )
+    except (AtomscopeError, OSError) as e:
+        state.line(f"The label was not saved: {e}")
+        st.stop()
+    st.rerun()
+
+
+def detail(index: FeatureIndex, feature: int) -> None:
+    f, sign = index.feature(feature), 1
     st.html(tiles(f, index.meta))
-    if index.meta["signed"]:
-        st.pills("Pole", ["+", "−"], default="+", required=True, key="sign", bind="query-params")
     if not f["n_fire"]:
         state.line("This feature is dead: it did not fire on any indexed token.")
+    if index.meta["signed"]:
+        pole = st.pills(
+            "Pole", list(state.POLES), default="positive", required=True, key="sign", bind="query-params",
+            label_visibility="collapsed",
+        )  # fmt: skip
+        sign = state.POLES[pole or "positive"]
     tabs = st.tabs(["Activations", "Neighbours", "Label"])
     with tabs[0]:
         activations(index, feature, sign)
@@ -271,23 +305,19 @@ def page() -> None:
     index = state.current_index()
     if index is None:
         return
-    left, right = st.columns([0.34, 0.66], gap="medium")
+    left, right = st.columns([0.36, 0.64], gap="medium")
     with left:
         first = feature_list(index)
-        densities = index.densities()
+        densities = index.frame("SELECT density FROM idx.feature")["density"].to_numpy()
         state.muted(f"How often features fire; {int((densities == 0).sum()):,} never did")
         st.plotly_chart(
             figures.density_histogram(densities, theme=state.theme_name()),
             theme=None, key="densities", config={"displayModeBar": False}, alt="Histogram of feature densities",
         )  # fmt: skip
     with right:
-        text = st.session_state.get("fid") or (str(first) if first is not None else "")
-        st.text_input("Feature", key="fid", bind="query-params", placeholder=text, max_chars=20)
-        text = st.session_state.get("fid") or text
-        if text:
-            detail(index, text)
-        else:
-            state.muted("No feature matches the filters.")
+        feature = header(index, first)
+        if feature is not None:
+            detail(index, feature)
 
 
 page()

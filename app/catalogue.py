@@ -1,0 +1,74 @@
+"""What the home page lists: stores, corpora, SAEs and their measures, from the views of `cache.connect`. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import pandas as pd
+
+from cache.catalog import connect
+from cache.errors import DataError
+
+
+class Catalogue(NamedTuple):
+    """Frames of everything a workspace holds."""
+
+    saes: pd.DataFrame  # one row per SAE of a run: run, sae, status, activation, d_sae, k, hook, model, tokens, fvu, l0
+    stores: pd.DataFrame  # one row per store and hook
+    corpora: pd.DataFrame  # corpus, documents, held out, tokens
+    measures: pd.DataFrame  # evaluations without the density histogram: sae_id, subject, metric, value, ci_low, ci_high
+    bytes: int  # size of the workspace
+
+
+_SAES = """
+SELECT r.*, m.fvu AS train_fvu, m.n_dead
+FROM runs r
+LEFT JOIN (
+  SELECT run, sae, arg_max(fvu, step) AS fvu, arg_max(n_dead, step) AS n_dead FROM metrics GROUP BY run, sae
+) m ON m.run = r.run AND r.sae LIKE m.sae || '-%'
+ORDER BY r.created DESC, r.sae
+"""
+_CORPORA = """
+SELECT corpus, string_agg(DISTINCT source, ', ' ORDER BY source) AS source, count(*) AS documents,
+  count(*) FILTER (split = 1) AS held_out, sum(n_tokens)::BIGINT AS tokens
+FROM docs GROUP BY corpus ORDER BY corpus
+"""
+_MEASURES = """
+SELECT sae_id, store, hook, subject, metric, value, n, ci_low, ci_high
+FROM evaluations WHERE metric <> 'density_count' ORDER BY created DESC, sae_id
+"""
+
+
+def read_catalogue(workspace: Path) -> Catalogue:
+    """Read it as it is now. Raises MissingDataError without a workspace, DataError on a damaged file."""
+    con = connect(workspace)
+    try:
+        frames = [con.execute(sql).df() for sql in (_SAES, "SELECT * FROM stores", _CORPORA, _MEASURES)]
+    except duckdb.Error as e:
+        raise DataError(f"the workspace cannot be read ({str(e).splitlines()[0]}): check it with `atomscope doctor`") from e
+    finally:
+        con.close()
+    return Catalogue(*frames, bytes=folder_bytes(workspace))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder; files that go away meanwhile count as nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return total
+
+
+def measure_table(measures: pd.DataFrame, sae_id: str) -> pd.DataFrame:
+    """Measures of one SAE, subjects down (the SAE first, then its controls), metrics across."""
+    part = measures[measures["sae_id"] == sae_id]
+    if not len(part):
+        return pd.DataFrame()
+    wide = part.pivot_table(index="subject", columns="metric", values="value", aggfunc="first")
+    order = sorted(wide.index, key=lambda s: (s != "sae", s == "random", s))
+    return wide.loc[[s for s in order if s != "model"]]

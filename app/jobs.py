@@ -1,0 +1,108 @@
+"""A training job as data: a YAML file is the truth, `a.b=c` overrides change it, and an estimate comes before the run.
+
+    saes:
+      - {preset: topk, d_sae: 4608, k: 32}
+    train: {steps: 1500, batch_size: 2048, lr: 8.0e-4}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cache.errors import MissingDataError, UsageError
+from saes.config import SAEConfig, TrainConfig
+from saes.presets import PRESETS
+
+
+def read_job(path: Path | None) -> dict[str, Any]:
+    """The YAML file as a dictionary; {} without one. Raises UsageError on anything that is not a mapping."""
+    if path is None:
+        return {}
+    try:
+        job = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise MissingDataError(f"no job file {path}: give the path of a YAML file") from e
+    except yaml.YAMLError as e:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(job, dict):
+        raise UsageError(f"{path} must hold a mapping with the keys saes and train")
+    return job
+
+
+def override(job: dict[str, Any], assignments: list[str]) -> None:
+    """Apply `a.b=value` to the job in place; a number in the path is a place in a list, values are YAML."""
+    for text in assignments:
+        path, eq, value = text.partition("=")
+        if not eq or not path:
+            raise UsageError(f"--set takes name=value, for example train.steps=500, got {text!r}")
+        keys, node = path.split("."), job
+        for key in keys[:-1]:
+            node = _child(node, key, path)
+        if isinstance(node, list):
+            raise UsageError(f"--set {path}: name a field of the list's item, for example saes.0.k=64")
+        node[keys[-1]] = yaml.safe_load(value)
+
+
+def _child(node: Any, key: str, path: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise UsageError(f"--set {path}: the list has items 0 to {len(node) - 1}")
+        return node[int(key)]
+    return node.setdefault(key, {})
+
+
+def resolve(job: dict[str, Any]) -> tuple[list[SAEConfig], TrainConfig]:
+    """Configs of the job. Raises UsageError on unknown keys, presets or fields."""
+    unknown = sorted(set(job) - {"saes", "train"})
+    if unknown:
+        raise UsageError(f"a training job has the keys saes and train, not {', '.join(unknown)}")
+    entries = job.get("saes") or []
+    if not entries:
+        raise UsageError("the job names no SAE: give --d-sae and --k, or a `saes:` list in the YAML file")
+    return [_sae(dict(e)) for e in entries], TrainConfig.from_dict(_numbers(job.get("train") or {}))
+
+
+def _sae(entry: dict[str, Any]) -> SAEConfig:
+    preset = entry.pop("preset", "topk")
+    if preset not in PRESETS:
+        raise UsageError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
+    known = set(SAEConfig.__dataclass_fields__) - {"activation"}
+    unknown = sorted(set(entry) - known)
+    if unknown or "d_sae" not in entry:
+        problem = f"has no field {', '.join(unknown)}" if unknown else "needs d_sae, the number of latents"
+        raise UsageError(f"preset {preset} {problem}; fields are {', '.join(sorted(known))}")
+    return PRESETS[preset](**_numbers(entry))
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """YAML 1.1 reads 8e-4 as text: what parses as a number is one."""
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        out[key] = value
+    return out
+
+
+def estimate(saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes: int) -> dict[str, float]:
+    """Peak memory and disk of a run in bytes: weights, gradients and both Adam moments, buffers, checkpoints."""
+    parameters = sum(2 * c.d_sae * d_model + c.d_sae + d_model for c in saes)
+    largest = max(c.d_sae for c in saes)
+    # weights + gradient + two moments; two windows of the stream; a batch and its gradients; kernel blocks
+    window = 2 * 32 * 6 * 2**20
+    batch = 6 * config.batch_size * d_model * 4 + 24 * config.batch_size * max(c.k for c in saes)
+    memory = 16 * parameters + window + batch + 3 * 32 * 2**20 + 4 * largest
+    checkpoint = 12 * parameters
+    return {
+        "parameters": parameters,
+        "memory_bytes": memory,
+        "disk_bytes": 4 * parameters,
+        "checkpoint_bytes_while_running": 3 * checkpoint,
+        "rows_read_bytes": config.steps * config.batch_size * row_bytes,
+    }

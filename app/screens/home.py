@@ -1,0 +1,125 @@
+"""Runs and datasets: SAEs with their measures beside controls, stores and corpora."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from app import figures, state
+from app.catalogue import Catalogue, measure_table, read_catalogue
+from cache.errors import AtomscopeError
+
+MEASURES = {"l0": "L0", "fvu": "FVU", "cos": "cosine", "ce_recovered_mean": "CE recovered", "delta_ce": "ΔCE, nats"}
+SUBJECTS = {"sae": "SAE", "random": "random dictionary"}
+
+
+def summary(c: Catalogue, indexed: int) -> None:
+    tokens = int(c.corpora["tokens"].sum()) if len(c.corpora) else 0
+    rows = int(c.stores["n_rows"].fillna(0).sum())
+    st.html(
+        figures.stat_tiles([
+            (f"{len(c.saes):,}", "SAEs"),
+            (f"{indexed:,}", "feature indexes"),
+            (f"{tokens:,}", "corpus tokens"),
+            (f"{rows:,}", "cached rows, all hooks"),
+            (size(c.bytes), "on disk"),
+        ])
+    )  # fmt: skip
+
+
+def size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+def saes(c: Catalogue) -> None:
+    st.subheader("SAEs", anchor=False)
+    if not len(c.saes):
+        state.line("No SAE yet. Train one on a store with", "atomscope train")
+        return
+    rows = [
+        (
+            r["sae"], r["run"], r["status"], r["hook"], r["model"], f"{int(r['d_sae']):,}", int(r["k"]),
+            f"{int(r['tokens']):,}", figures.number(r["train_fvu"]), figures.number(r["n_dead"]),
+        )
+        for r in c.saes.to_dict("records")
+    ]  # fmt: skip
+    names = ("SAE", "run", "status", "hook", "model", "latents", "k", "train tokens", "train FVU", "dead")
+    st.html(figures.table(names, rows, text=5))
+    if "running" in set(c.saes["status"]):
+        state.muted("A run that is not finished goes on where it was when the same command is given again.")
+
+
+def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
+    st.subheader("What they keep", anchor=False)
+    if not len(c.measures):
+        state.line("No evaluation yet. Measure an SAE beside its controls with", "atomscope evaluate")
+        return
+    names = {m["sae_id"]: f"{state.sae_name(m)} ({m['sae_id'][:6]})" for m in metas}
+    rows = []
+    for sae_id in c.measures["sae_id"].drop_duplicates():
+        table = measure_table(c.measures, sae_id)
+        interval = interval_of(c.measures, sae_id)
+        for i, (subject, values) in enumerate(table.iterrows()):
+            cells = [figures.number(values.get(m)) for m in MEASURES]
+            who = SUBJECTS.get(str(subject), str(subject).upper().replace("PCA-", "PCA, "))
+            rows.append((names.get(sae_id, sae_id) if i == 0 else "", who, *cells, interval if i == 0 else ""))
+    st.html(figures.table(("SAE", "subject", *MEASURES.values(), "95 % interval"), rows, text=2))
+    n = c.measures.groupby("metric")["n"].max()
+    state.muted(
+        f"FVU, L0 and cosine on held-out documents, {int(n.get('fvu', 0)):,} tokens; ΔCE on {int(n.get('delta_ce', 0)):,} "
+        "tokens with the hook's output replaced by the reconstruction. Share recovered is against the train mean. "
+        "Controls: PCA of the same rank, and a random unit dictionary with the same encoder rule."
+    )
+
+
+def interval_of(measures: pd.DataFrame, sae_id: str) -> str:
+    found = measures.query("sae_id == @sae_id and metric == 'delta_ce' and subject == 'sae'")
+    if not len(found) or pd.isna(found["ci_low"].iloc[0]):
+        return ""
+    return f"{figures.number(found['ci_low'].iloc[0])} to {figures.number(found['ci_high'].iloc[0])}"
+
+
+def data(c: Catalogue) -> None:
+    st.subheader("Activation stores", anchor=False)
+    if not len(c.stores):
+        state.line("No activations yet. Cache them with", "atomscope harvest")
+    else:
+        rows = [
+            (
+                r["store"], r["hook"], r["model"], r["backend"], r["dtype"], f"{figures.number(r['n_rows'])}",
+                "complete" if r["complete"] else r["problem"] or f"{int(r['shards'])} of {int(r['shards_total'])} shards",
+            )
+            for r in c.stores.to_dict("records")
+        ]  # fmt: skip
+        st.html(figures.table(("store", "hook", "model", "backend", "dtype", "rows", "state"), rows, text=5))
+    st.subheader("Datasets", anchor=False)
+    if not len(c.corpora):
+        state.line("No corpus yet. Tokenise one with", "atomscope corpus")
+        return
+    rows = [
+        (r["corpus"], r["source"], f"{int(r['documents']):,}", f"{int(r['held_out']):,}", f"{int(r['tokens']):,}")
+        for r in c.corpora.to_dict("records")
+    ]
+    st.html(figures.table(("corpus", "source", "documents", "held out", "tokens"), rows, text=2))
+
+
+def page() -> None:
+    state.title("Runs and datasets")
+    try:
+        c = read_catalogue(state.workspace())
+    except AtomscopeError as e:
+        state.line(str(e))
+        return
+    if not (len(c.saes) or len(c.stores) or len(c.corpora)):
+        state.line("This workspace is empty. Make model, activations, SAEs and index in one go with", "atomscope demo")
+        return
+    metas = state.index_metas()
+    summary(c, len(metas))
+    saes(c)
+    evaluations(c, metas)
+    data(c)
+
+
+page()

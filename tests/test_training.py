@@ -1,0 +1,243 @@
+"""Training: planted truth is found, a resumed run equals an uninterrupted one, bad data stops with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache.errors import DataError, UsageError
+from saes import training
+from saes.config import SAEConfig, TrainConfig
+from saes.initialise import geometric_median
+from saes.presets import abs_topk, topk
+from saes.sae import SAE
+from saes.sources import Moments, TensorSource
+from saes.trainer import Trainer
+from saes.training import train
+from tests.corpora import HOOK, make_store
+
+CPU = torch.device("cpu")
+
+
+def planted(n: int = 20_000, d: int = 32, atoms: int = 64, active: int = 3, seed: int = 0):
+    """Rows made of `active` unit atoms each, and the atoms `[atoms, d]`."""
+    gen = torch.Generator().manual_seed(seed)
+    truth = torch.randn(atoms, d, generator=gen)
+    truth /= truth.norm(dim=1, keepdim=True)
+    z = torch.zeros(n, atoms)
+    ids = torch.rand(n, atoms, generator=gen).topk(active, dim=1).indices
+    z.scatter_(1, ids, 1 + torch.rand(n, active, generator=gen))
+    return z @ truth * 5 + torch.randn(d, generator=gen), truth
+
+
+@pytest.mark.parametrize("preset", [topk, abs_topk])
+def test_planted_atoms_are_found(preset) -> None:
+    x, truth = planted()
+    config = TrainConfig(steps=800, batch_size=512, lr=3e-3, warmup_steps=20)
+    result = train(x, [preset(d_sae=64, k=3)], config)[0]
+    found = (result.sae.W_dec @ truth.T).abs().max(0).values
+    assert (found > 0.95).float().mean() > 0.9
+    x_hat = result.sae(x)
+    fvu = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert fvu < 0.1
+    assert abs(result.metrics[-1]["fvu"] - fvu.item()) < 0.05
+
+
+def test_every_step_keeps_decoder_rows_unit_and_the_gradient_tangent() -> None:
+    x, _ = planted(2000)
+    source, config = TensorSource(x), TrainConfig(steps=50, batch_size=128, screen="off")
+    t = Trainer(SAEConfig(d_sae=80, k=3, auxk=1 / 32, d_model=32), config, source.moments(config), CPU)
+    t.start(x)
+    for step in range(5):
+        t.step(x[step * 128 : (step + 1) * 128], step)
+        assert (t.sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    g = t.sae.W_dec.grad
+    assert g is not None and torch.isfinite(g).all()
+
+
+def test_the_loss_does_not_depend_on_the_units_of_the_data() -> None:
+    """Scalar normalisation: activations a thousand times larger give the same run, folded back into their units."""
+    x, _ = planted(4000)
+    config = TrainConfig(steps=60, batch_size=256, screen="off")
+    a = train(x, [topk(d_sae=64, k=3)], config)[0]
+    b = train(x * 1024, [topk(d_sae=64, k=3)], config)[0]
+    assert a.metrics[-1]["fvu"] == pytest.approx(b.metrics[-1]["fvu"], rel=1e-3)
+    torch.testing.assert_close(b.sae(x * 1024) / 1024, a.sae(x), rtol=1e-2, atol=1e-2)
+
+
+def test_dead_latents_are_revived_by_auxk() -> None:
+    x, _ = planted(8000)
+
+    def dead_after(auxk: float) -> int:
+        config = TrainConfig(
+            steps=400, batch_size=256, lr=1e-2, warmup_steps=5, dead_window_tokens=2560, dead_refresh_steps=10, screen="off"
+        )
+        source = TensorSource(x)
+        t = Trainer(SAEConfig(d_sae=128, k=3, auxk=auxk, d_model=32), config, source.moments(config), CPU)
+        t.start(x)
+        with torch.no_grad():
+            t.sae.b_enc[:96] -= 6.0
+        stream = iter(source.stream(config, None, CPU))
+        for step in range(400):
+            t.step(next(stream), step)
+        t.refresh_dead()
+        return t.n_dead
+
+    assert dead_after(0.0) >= 90
+    assert dead_after(1.0) < 60
+
+
+def test_a_silent_latent_is_dead_and_a_selected_zero_is_not_a_firing() -> None:
+    x, _ = planted(512)
+    config = TrainConfig(steps=100, batch_size=256, dead_window_tokens=300, dead_refresh_steps=1, screen="off")
+    t = Trainer(SAEConfig(d_sae=40, k=3, auxk=1 / 32, d_model=32), config, TensorSource(x).moments(config), CPU)
+    t.start(x)
+    with torch.no_grad():
+        t.sae.b_enc -= 1e4
+    for step in range(3):
+        t.step(x[:256], step)
+    assert t.n_dead == 40
+
+
+@pytest.mark.parametrize("preset", [topk, abs_topk])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(preset, tmp_path: Path, monkeypatch) -> None:
+    store, _ = make_store(tmp_path / "a", [40] * 60, d=12)
+    other, _ = make_store(tmp_path / "b", [40] * 60, d=12)
+    config = TrainConfig(steps=120, batch_size=64, screen="off", log_every=10, dead_window_tokens=500)
+    job = [preset(d_sae=40, k=3), preset(d_sae=24, k=2)]
+    whole = train(store, job, config, hook=HOOK)
+
+    real, calls = training.save_checkpoint, []
+
+    def stop_after_two(run: Path, checkpoint):
+        path = real(run, checkpoint)
+        calls.append(checkpoint.step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(training, "save_checkpoint", stop_after_two)
+    often = TrainConfig(**(config.to_dict() | {"checkpoint_seconds": -1.0}))
+    with pytest.raises(KeyboardInterrupt):
+        train(other, job, often, hook=HOOK)
+    monkeypatch.setattr(training, "save_checkpoint", real)
+    resumed = train(other, job, config, hook=HOOK)
+    for a, b in zip(whole, resumed, strict=True):
+        for name, tensor in a.sae.state_dict().items():
+            assert torch.equal(tensor, b.sae.state_dict()[name]), name
+        keep = ("step", "fvu", "auxk", "l0", "n_dead")
+        assert [[r[k] for k in keep] for r in a.metrics] == [[r[k] for k in keep] for r in b.metrics]
+
+
+def test_a_finished_run_is_loaded_not_repeated(tmp_path: Path, monkeypatch) -> None:
+    store, _ = make_store(tmp_path, [40] * 20)
+    config = TrainConfig(steps=20, batch_size=32, screen="off", log_every=5)
+    first = train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)[0]
+    monkeypatch.setattr(training, "_run", lambda *_: pytest.fail("trained again"))
+    again = train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)[0]
+    assert again.path == first.path and len(again.metrics) == len(first.metrics) == 4
+    assert torch.equal(again.sae.W_enc, first.sae.W_enc)
+    assert first.path is not None and not (first.path.parent / "checkpoints").exists()
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from cache import ActivationStore
+from saes import TrainConfig, presets, train
+store = ActivationStore.open(sys.argv[1])
+config = TrainConfig(steps=4000, batch_size=64, screen="off", checkpoint_seconds=0.05, log_every=50)
+train(store, [presets.topk(d_sae=48, k=3)], config)
+"""
+
+
+def test_kill_9_during_training_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, [40] * 20)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", _KILLED, str(store.path)], env=env, stderr=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("saes/*/checkpoints/step-*/state.json")):
+            assert child.poll() is None, "the run ended before its first checkpoint"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    run = next(tmp_path.glob("saes/*/run.json")).parent
+    reached = training.latest_checkpoint(run)
+    assert reached is not None and 0 < reached.step < 4000
+    config = TrainConfig(steps=4000, batch_size=64, screen="off", checkpoint_seconds=0.05, log_every=50)
+    result = train(store, [topk(d_sae=48, k=3)], config)[0]
+    steps = [r["step"] for r in result.metrics]
+    assert steps == list(range(50, 4001, 50))
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_checkpoint_is_dropped_whole_or_kept_whole(tmp_path: Path) -> None:
+    """A folder without state.json is what a kill during the write would leave if it were not atomic: it is ignored."""
+    (tmp_path / "checkpoints" / "step-00000099").mkdir(parents=True)
+    assert training.latest_checkpoint(tmp_path) is None
+
+
+def test_nan_stops_the_run_and_names_step_and_sae() -> None:
+    x, _ = planted(1000)
+    with pytest.raises(DataError, match=r"step \d+ of SAE topk-64-k3.*lower lr"):
+        train(x, [topk(d_sae=64, k=3)], TrainConfig(steps=60, batch_size=64, lr=1e30, log_every=5, grad_clip=0))
+
+
+def test_nan_in_training_rows_is_refused_with_the_row() -> None:
+    x, _ = planted(100)
+    x[17, 3] = float("nan")
+    with pytest.raises(DataError, match="row 17"):
+        train(x, [topk(d_sae=64, k=3)])
+
+
+def test_sae_of_another_width_is_refused_before_training(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, [40] * 8, d=8)
+    with pytest.raises(DataError, match="d_model=9"):
+        train(store, [topk(d_sae=24, k=2, d_model=9)], hook=HOOK)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"k": 0}, {"k": 99}, {"activation": "relu"}, {"space": "whitened"}, {"auxk": -1.0}]
+)
+def test_illegal_configs_are_refused(bad: dict) -> None:
+    with pytest.raises(UsageError):
+        SAEConfig(**({"d_sae": 32, "k": 4} | bad))
+
+
+def test_unknown_config_fields_are_refused_and_known_ones_round_trip() -> None:
+    config = TrainConfig(steps=7, lr=1e-3)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(UsageError, match="learning_rate"):
+        TrainConfig.from_dict({"learning_rate": 1e-3})
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    c = TrainConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2)
+    rates = [c.lr_at(s, 64) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
+    assert rates[79] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+
+
+def test_geometric_median_survives_an_outlier_and_a_point_on_itself() -> None:
+    x = torch.cat([torch.zeros(50, 3), torch.randn(60, 3) * 0.01, torch.full((3, 3), 1e4)])
+    m = geometric_median(x)
+    assert torch.isfinite(m).all() and m.norm() < 0.1
+
+
+def test_run_without_a_workspace_leaves_no_files(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, _ = planted(500)
+    result = train(x, [topk(d_sae=64, k=3)], TrainConfig(steps=5, batch_size=64, screen="off"))[0]
+    assert result.path is None and isinstance(result.sae, SAE) and not list(tmp_path.iterdir())
+
+
+def test_moments_of_a_tensor_are_the_closed_form() -> None:
+    x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    assert TensorSource(x).moments(TrainConfig()) == Moments(2, pytest.approx(torch.tensor([2.0, 0.0])), 5.0, 1.0)
