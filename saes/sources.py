@@ -19,12 +19,11 @@ from saes.config import TrainConfig
 
 
 class Moments(NamedTuple):
-    """First and second moments of the training rows: mean `[d]` float64, E||x||^2, E||x - mean||^2, rows counted."""
+    """Moments of the training rows: number, mean `[d]` float64, E||x||."""
 
     n: int
     mean: Tensor
-    mean_sq_norm: float
-    total_variance: float
+    mean_norm: float
 
 
 class RowStream(Protocol):
@@ -65,7 +64,7 @@ class StoreSource:
 
     def moments(self, cfg: TrainConfig) -> Moments:
         s = self.store.stats(self.hook, split=cfg.split, skip=cfg.skip)
-        return Moments(s.n, torch.as_tensor(s.mean), float(s.mean_sq_norm), float(s.total_variance))
+        return Moments(s.n, torch.as_tensor(s.mean), float(s.mean_norm))
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         inner = self.store.stream(
@@ -116,9 +115,7 @@ class TensorSource:
 
     def moments(self, cfg: TrainConfig) -> Moments:
         x = self.x.double()
-        mean = x.mean(0)
-        square = (x**2).sum(1).mean().item()
-        return Moments(len(x), mean, square, ((x - mean) ** 2).sum(1).mean().item())
+        return Moments(len(x), x.mean(0), x.norm(dim=1).mean().item())
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         return _TensorRows(self.x, cfg, state or {"epoch": 0, "offset": 0}, device)

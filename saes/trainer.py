@@ -2,7 +2,9 @@
 
     loss = sum ||x_hat - x||^2 / (B V) + auxk * s * sum ||e_hat - e||^2 / sum ||e - e_mean||^2,   e = x - x_hat (detached)
 
-V is the variance of the training rows, so the first term is the batch's FVU. s = min(1, n_dead / k_aux).
+V is the variance of the first rows without the thousandth of largest norm: attention sinks occur outside position
+0 too (norms a hundred times the rest), and a handful would otherwise set the units of the run. The logged `fvu` is
+exact, sum ||x_hat - x||^2 / sum ||x - x_mean||^2 over the rows since the last log. s = min(1, n_dead / k_aux).
 The decoder rows are unit: their gradient is projected on the sphere's tangent before Adam, and they are
 renormalised after it. Nothing in `step` waits for the device, except once every `dead_refresh_steps`.
 """
@@ -22,6 +24,7 @@ from saes.sae import SAE, fix_signs, fold_input_scale
 from saes.screening import Screen, screening_gains
 from saes.sources import Moments
 
+TRIM = 1000
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -33,8 +36,9 @@ class Trainer:
         self.sae = SAE(cfg).to(device)
         self.scale = 1.0
         if cfg.space == "scalar":
-            self.scale = math.sqrt(cfg.d_model / max(moments.mean_sq_norm, 1e-30))
-        self.variance = max(moments.total_variance * self.scale**2, 1e-30)
+            self.scale = math.sqrt(cfg.d_model) / max(moments.mean_norm, 1e-30)
+        self.mean = (moments.mean * self.scale).float().to(device)
+        self.variance = 1.0
         betas = (train.beta1, train.beta2)
         self.optimiser = torch.optim.Adam(
             self.sae.parameters(), lr=train.peak_lr(cfg.d_sae), betas=betas, eps=train.eps, fused=True
@@ -45,12 +49,14 @@ class Trainer:
         self.dead: Dead | None = None
         self.n_dead = 0
         self.screen = Screen(enabled=train.screen == "on")
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._sum_steps = 0
 
     def start(self, sample: Tensor) -> None:
         """Initialise from raw rows `[N, d_model]`; decide on screening by a probe where it is `auto`."""
         initialise(self.sae, sample * self.scale, seed=self.train.seed)
+        spread = ((sample * self.scale - self.sae.b_dec.detach()) ** 2).sum(1).sort().values
+        self.variance = max(spread[: max(1, len(spread) - len(spread) // TRIM)].mean().item(), 1e-30)
         if self.train.screen == "auto":
             self.screen.enabled = screening_gains(
                 self.train.batch_size, self.cfg.d_model, self.cfg.d_sae, self.cfg.k, sample.device
@@ -67,27 +73,29 @@ class Trainer:
             x, s.W_enc, s.b_enc, s.W_dec, s.b_dec,
             k=self.cfg.k, signed=self.cfg.signed, dead=self.dead, select=self.screen,
         )  # fmt: skip
-        fvu, aux = self._losses(x, out)
+        error, aux = self._losses(x, out)
         self.optimiser.zero_grad(set_to_none=True)
-        (fvu + self.cfg.auxk * aux).backward()
+        (error / (len(x) * self.variance) + self.cfg.auxk * aux).backward()
         norm = self._project_and_clip()
         self.optimiser.step()
         with torch.no_grad():
             s.W_dec.div_(torch.linalg.vector_norm(s.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
             self._track(out, len(x), step)
             fired = (out.values != 0).sum() / len(x)
-            self._sums += torch.stack([fvu.detach(), aux.detach(), fired, norm]).double()
+            spread = ((x - self.mean) ** 2).sum()
+            self._sums += torch.stack([error.detach(), spread, aux.detach(), fired, norm]).double()
             self._sum_steps += 1
 
     def _losses(self, x: Tensor, out: StepOutput) -> tuple[Tensor, Tensor]:
+        """Summed squared error, and the AuxK term (0 without dead latents)."""
         error = out.x_hat - x
-        fvu = (error**2).sum() / (len(x) * self.variance)
+        total = (error**2).sum()
         if self.dead is None:
-            return fvu, fvu.new_zeros(())
+            return total, total.new_zeros(())
         e = -error.detach()
         spread = ((e - e.mean(0)) ** 2).sum().clamp_min(1e-30)
         share = min(1.0, len(self.dead.ids) / self.cfg.aux_width())
-        return fvu, share * ((out.e_hat - e) ** 2).sum() / spread
+        return total, share * ((out.e_hat - e) ** 2).sum() / spread
 
     @torch.no_grad()
     def _project_and_clip(self) -> Tensor:
@@ -122,10 +130,11 @@ class Trainer:
         self.dead = Dead(ids, min(self.cfg.aux_width(), len(ids))) if len(ids) else None
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call: fvu, auxk, l0, grad_norm; and n_dead, lr. Waits for the device."""
-        fvu, aux, l0, norm = (self._sums / max(self._sum_steps, 1)).tolist()
+        """Over the steps since the last call: fvu, means of auxk, l0, grad_norm; and n_dead. Waits for the device."""
+        error, spread, aux, l0, norm = (self._sums / max(self._sum_steps, 1)).tolist()
         self._sums.zero_()
         self._sum_steps = 0
+        fvu = error / max(spread, 1e-30)
         return {"fvu": fvu, "auxk": aux, "l0": l0, "grad_norm": norm, "n_dead": float(self.n_dead)}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Hostile tokens stay inert, nothing leaves this machine, and no page raises. Need
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -97,11 +98,12 @@ def expect(locator: Any) -> Any:
 
 def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None:  # noqa: F811
     w = watched
-    page = w.open(f"features?sae={tiny_workspace.topk}&fid=14")
+    page = w.open(f"features?sae={tiny_workspace.topk}&fid=14&sort=by%20id")
     expect(page.get_by_label("Feature id")).to_have_value("14")
     expect(page.get_by_text(HOSTILE_TOKENS[0]).first).to_be_visible()
-    page.get_by_test_id("stDataFrame").first.locator(".dvn-scroller").click(position={"x": 16, "y": 86})
-    expect(page.get_by_label("Feature id")).not_to_have_value("14")
+    second_row = {"x": 16, "y": 86}
+    w.settled().get_by_test_id("stDataFrame").first.locator(".dvn-scroller").click(position=second_row)
+    expect(page.get_by_label("Feature id")).to_have_value("1")
     w.settled().get_by_role("tab", name="Neighbours").click()
     page.get_by_role("tab", name="Activations").click()
     w.assert_clean()
@@ -138,11 +140,12 @@ def test_stop_keeps_what_was_generated(watched, tiny_workspace) -> None:  # noqa
     w = watched
     w.open(f"steer?sae={tiny_workspace.topk}&fid=5&tokens=200&temp=1.5&prompt=The%20cat%20waited")
     page = w.settled()
-    load = page.get_by_role("button", name="Load the model")
+    load, generate = (page.get_by_role("button", name=n) for n in ("Load the model", "Generate"))
+    expect(load.or_(generate)).to_be_visible()
     if load.count():
         page.get_by_label("Model", exact=True).fill(str(tiny_workspace.model_dir))
         load.click()
-    page.get_by_role("button", name="Generate").click()
+    generate.click()
     expect(page.get_by_text("Steered", exact=True)).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Perplexity of the text")).to_be_visible()
@@ -157,7 +160,7 @@ def test_a_deep_link_opens_with_navigation_in_both_themes(browser, server, tiny_
     w = Watched(page, server.url)
     w.open(f"{path}?sae={tiny_workspace.abs_topk}")
     expect(page.get_by_role("link", name="Explorer")).to_be_visible()
-    expect(page.get_by_text("abs-topk · 96 · k 4").first).to_be_visible()
+    expect(page.get_by_role("combobox", name="SAE")).to_have_value(re.compile("^abs-topk"))
     ground = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
     assert ground == {"light": "rgb(251, 250, 247)", "dark": "rgb(20, 23, 29)"}[scheme]
     w.assert_clean()

@@ -120,7 +120,7 @@ def test_a_database_that_cannot_be_attached_is_named_by_the_views_over_it(
         'CREATE OR REPLACE VIEW "features" AS SELECT * FROM features_0.features',
         "CREATE VIEW ones AS SELECT 1 AS one",
     ]
-    monkeypatch.setattr("cache.catalog._sources", lambda: [lambda workspace: statements])
+    monkeypatch.setattr("cache.catalog._sources", lambda: [lambda _: statements])
     con = connect(tmp_path)
     assert con.execute("SELECT one FROM ones").fetchall() == [(1,)]
     with pytest.raises(duckdb.Error, match=r"view features cannot be read .*index\.duckdb"):
