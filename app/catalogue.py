@@ -15,10 +15,14 @@ from cache.errors import DataError
 class Catalogue(NamedTuple):
     """Frames of everything a workspace holds."""
 
-    saes: pd.DataFrame  # one row per SAE of a run: run, sae, status, activation, d_sae, k, hook, model, tokens, fvu, l0
+    saes: (
+        pd.DataFrame
+    )  # one row per SAE of a run: run, sae, status, activation, d_sae, k, hook, model, tokens, fvu, l0
     stores: pd.DataFrame  # one row per store and hook
     corpora: pd.DataFrame  # corpus, documents, held out, tokens
-    measures: pd.DataFrame  # evaluations without the density histogram: sae_id, subject, metric, value, ci_low, ci_high
+    measures: (
+        pd.DataFrame
+    )  # evaluations without the density histogram: sae_id, subject, metric, value, ci_low, ci_high
     bytes: int  # size of the workspace
 
 
@@ -45,12 +49,16 @@ def read_catalogue(workspace: Path) -> Catalogue:
     """Read it as it is now. Raises MissingDataError without a workspace, DataError on a damaged file."""
     con = connect(workspace)
     try:
-        frames = [con.execute(sql).df() for sql in (_SAES, "SELECT * FROM stores", _CORPORA, _MEASURES)]
+        saes, stores, corpora, measures = (
+            con.execute(sql).df() for sql in (_SAES, "SELECT * FROM stores", _CORPORA, _MEASURES)
+        )
     except duckdb.Error as e:
-        raise DataError(f"the workspace cannot be read ({str(e).splitlines()[0]}): check it with `atomscope doctor`") from e
+        raise DataError(
+            f"the workspace cannot be read ({str(e).splitlines()[0]}): check it with `atomscope doctor`"
+        ) from e
     finally:
         con.close()
-    return Catalogue(*frames, bytes=folder_bytes(workspace))
+    return Catalogue(saes, stores, corpora, measures, folder_bytes(workspace))
 
 
 def folder_bytes(folder: Path) -> int:

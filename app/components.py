@@ -5,9 +5,10 @@ The script sets `textContent`, so a token that looks like markup stays text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import streamlit as st
 
 from app.markup import glyphs, highlight, signed
@@ -23,22 +24,26 @@ _strip = st.components.v2.component(
 
 def clickable_strip(
     tokens: Sequence[str],
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     *,
     key: str,
     scale: float,
     chosen: int = -1,
     colour: tuple[int, int, int] | None = None,
     unit: str = "activation",
+    on_change: Callable[[], None] = lambda: None,
 ) -> int | None:
     """Show tokens coloured by value; returns the index of the token that was clicked last."""
     styles = [highlight(float(v), scale, colour) for v in values]
     data = {
         "tokens": [glyphs(t, spaces=bool(s)) for t, s in zip(tokens, styles)],
-        "tips": [f"token {i} {glyphs(t)}, {unit} {signed(float(v))}" for i, (t, v) in enumerate(zip(tokens, values))],
+        "tips": [
+            f"token {i} {glyphs(t)}, {unit} {signed(float(v))}"
+            for i, (t, v) in enumerate(zip(tokens, values))
+        ],
         "styles": styles,
         "chosen": chosen,
     }
-    result = _strip(data=data, key=key, on_chosen_change=lambda: None)
+    result = _strip(data=data, key=key, on_chosen_change=on_change)
     picked = result.get("chosen") if result is not None else None
     return int(picked) if isinstance(picked, int | float) and 0 <= int(picked) < len(tokens) else None

@@ -122,7 +122,11 @@ def feature_bars(
         hovertemplate="%{text}<extra></extra>",
     )
     fig.update_yaxes(
-        tickmode="array", tickvals=list(range(len(names))), ticktext=safe, autorange="reversed", showgrid=False
+        tickmode="array",
+        tickvals=list(range(len(names))),
+        ticktext=safe,
+        autorange="reversed",
+        showgrid=False,
     )
     fig.update_layout(margin={"l": 140})
     return fig

@@ -24,7 +24,9 @@ POSITIVE_TEXT = f"var(--as-positive-text,{theme.LIGHT.positive_text})"
 NEGATIVE_TEXT = f"var(--as-negative-text,{theme.LIGHT.negative_text})"
 _GLYPHS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 _NUMBER = "font-variant-numeric:tabular-nums"
-_TOKENS = f"font-family:{theme.MONO};font-size:13px;line-height:1.75;white-space:pre-wrap;overflow-wrap:anywhere"
+_TOKENS = (
+    f"font-family:{theme.MONO};font-size:13px;line-height:1.75;white-space:pre-wrap;overflow-wrap:anywhere"
+)
 
 
 class HTML:

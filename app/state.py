@@ -156,7 +156,9 @@ def model_lock() -> Iterator[None]:
     """One forward pass at a time in this server. Raises at once where another window holds the model."""
     lock = _lock()
     if not lock.acquire(timeout=LOCK_SECONDS):
-        raise AtomscopeError("the model is busy in another window: wait until it has finished, then try again")
+        raise AtomscopeError(
+            "the model is busy in another window: wait until it has finished, then try again"
+        )
     try:
         yield
     finally:
@@ -207,7 +209,9 @@ def sae_folder(meta: dict[str, Any]) -> Path:
             found = read_json(cfg).get("metadata", {}).get("sae_id")
             if found == meta["sae_id"]:
                 return folder
-    raise MissingDataError(f"the SAE {meta['sae_id']} is not in this workspace any more: train and index it again")
+    raise MissingDataError(
+        f"the SAE {meta['sae_id']} is not in this workspace any more: train and index it again"
+    )
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
@@ -234,7 +238,11 @@ def model_button(meta: dict[str, Any]) -> bool:
     if loaded(meta):
         return True
     source = st.text_input(
-        "Model", value=meta["model"], key="model_source", max_chars=300, help="Packaged name, local folder or hub id"
+        "Model",
+        value=meta["model"],
+        key="model_source",
+        max_chars=300,
+        help="Packaged name, local folder or hub id",
     )
     muted("Runs on this machine. The weights must be those that the SAE was trained on.")
     if st.button("Load the model", type="primary", key="load_model"):

@@ -70,7 +70,13 @@ def run(result: Result, model: Any, sae: Any, unit_norm: float, repaint: Callabl
     direction = Direction.from_sae_feature(sae, r.feature, r.sign)
     edit = Edit(direction=direction, op=r.op, strength=r.strength, unit_norm=unit_norm, where=r.where)  # type: ignore[arg-type]
     generation = generate(
-        model, r.prompt, edits=[edit], max_new_tokens=r.tokens, temperature=r.temperature, seed=r.seed, chat=r.chat
+        model,
+        r.prompt,
+        edits=[edit],
+        max_new_tokens=r.tokens,
+        temperature=r.temperature,
+        seed=r.seed,
+        chat=r.chat,
     )
     result.baseline_ids, result.steered_ids = generation.baseline_ids, generation.steered_ids
     painted = 0.0

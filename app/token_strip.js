@@ -3,6 +3,8 @@
 export default function (component) {
   const { data, parentElement, setStateValue } = component
   const strip = parentElement.querySelector("#strip")
+  // The row is made anew at each run of the page; the place of the keyboard is kept.
+  const focused = [...strip.children].indexOf(strip.getRootNode().activeElement)
   strip.replaceChildren()
   const buttons = data.tokens.map((text, i) => {
     const b = document.createElement("button")
@@ -17,6 +19,7 @@ export default function (component) {
     strip.appendChild(b)
     return b
   })
+  if (focused >= 0 && focused < buttons.length) buttons[focused].focus()
   strip.onkeydown = (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key]
     if (!step) return

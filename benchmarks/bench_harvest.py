@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--backend", default="transformer_lens")
-    parser.add_argument("--threads", type=int, default=1, help="more than one swings wildly on a busy machine")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more than one swings wildly on a busy machine"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

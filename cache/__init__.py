@@ -1,6 +1,6 @@
 """Model loading, token tables, harvest and the activation store: run a model once, keep what it computed.
 
-Names are imported when first used, so that reading a store needs neither torch's model stack nor transformers.
+Names are imported when first used: reading a store needs neither torch's model stack nor transformers.
 """
 
 from __future__ import annotations

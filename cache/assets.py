@@ -91,7 +91,9 @@ def find(name: str, kind: str) -> Asset:
     """The asset called `name`; UsageError with the nearest names if there is none."""
     asset = ASSETS.get(name)
     if asset is None or asset.kind != kind:
-        raise UsageError(f"no packaged {kind} {name!r}; did you mean {', '.join(nearest(name, names(kind)))}?")
+        raise UsageError(
+            f"no packaged {kind} {name!r}; did you mean {', '.join(nearest(name, names(kind)))}?"
+        )
     return asset
 
 

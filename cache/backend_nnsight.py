@@ -84,9 +84,7 @@ class NNsightBackend:
                 got[name] = flat(x)
         return got
 
-    def capture(
-        self, tokens: Tensor, hooks: Sequence[str], inputs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def capture(self, tokens: Tensor, hooks: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         got: dict[str, Tensor] = {}
         with torch.inference_mode(), self._model.trace(input_ids=tokens, use_cache=False, **inputs) as tracer:
             got.update(self._visit(hooks))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +31,26 @@ class TransformerLensBackend:
         from transformer_lens.model_bridge import TransformerBridge
 
         # The bridge sets padding and BOS options on the tokenizer it is given.
-        self.bridge = TransformerBridge.boot_transformers(path, hf_model=hf, tokenizer=copy.deepcopy(tokenizer))
+        self.bridge = TransformerBridge.boot_transformers(
+            path, hf_model=hf, tokenizer=copy.deepcopy(tokenizer)
+        )
         self.hf = hf
         self._points: dict[str, Any] = dict(self.bridge.hook_dict)
         self.dims = self._fired(probe)
         self._order = {name: i for i, name in enumerate(self.dims)}
 
     @contextmanager
-    def _hook(self, name: str, fn: Callable[[Tensor], Tensor | None], *, prepend: bool = False) -> Iterator[None]:
+    def _hook(
+        self, name: str, fn: Callable[[Tensor], Tensor | None], *, prepend: bool = False
+    ) -> Iterator[None]:
         """One function on one hook point; only this one is removed afterwards."""
         point = self._points[name]
         before = list(point.fwd_hooks)
-        point.add_hook(lambda x, hook: fn(x), prepend=prepend)
+
+        def call(x: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  (called as hook=…)
+            return fn(x)
+
+        point.add_hook(call, prepend=prepend)
         handle = next(h for h in point.fwd_hooks if all(h is not b for b in before))
         try:
             yield
@@ -67,9 +76,7 @@ class TransformerLensBackend:
             self.hf(probe, use_cache=False)
         return dims
 
-    def capture(
-        self, tokens: Tensor, hooks: Sequence[str], inputs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def capture(self, tokens: Tensor, hooks: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         got: dict[str, Tensor] = {}
         deepest = max(hooks, key=self._order.__getitem__)
 
@@ -84,10 +91,8 @@ class TransformerLensBackend:
         with ExitStack() as stack, torch.inference_mode():
             for name in hooks:
                 stack.enter_context(self._hook(name, keep(name)))
-            try:
+            with suppress(_Stop):
                 self.hf(tokens, use_cache=False, **inputs)
-            except _Stop:
-                pass
         return got
 
     @contextmanager
@@ -98,7 +103,7 @@ class TransformerLensBackend:
                 if block is not None:
                     stack.enter_context(self._mid(name, block, fn))
                 else:
-                    stack.enter_context(self._hook(name, lambda x, fn=fn, name=name: edited(x, fn, name)))
+                    stack.enter_context(self._hook(name, partial(edited, fn=fn, name=name)))
             yield
 
     @contextmanager

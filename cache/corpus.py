@@ -67,7 +67,9 @@ class Corpus:
             try:
                 table = pq.read_table(self.path / "tokens.parquet", columns=[name])
             except FileNotFoundError as e:
-                raise MissingDataError(f"{self.path / 'tokens.parquet'} is gone: build the corpus again") from e
+                raise MissingDataError(
+                    f"{self.path / 'tokens.parquet'} is gone: build the corpus again"
+                ) from e
             values = table.column(name).to_numpy()
             values.flags.writeable = False
             self._columns[name] = values
@@ -157,7 +159,9 @@ def _packing(tokenizer: Any, mode: str, context: int) -> Packing:
     if context < 2:
         raise UsageError(f"context is {context}: a row of a forward pass needs at least 2 tokens")
     if mode == "packed" and tokenizer.eos_token_id is None:
-        raise UsageError("packed mode joins documents with the eos token, and this tokenizer has none: use document")
+        raise UsageError(
+            "packed mode joins documents with the eos token, and this tokenizer has none: use document"
+        )
     return Packing(
         mode=mode,
         context=context,

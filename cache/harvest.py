@@ -218,7 +218,9 @@ def _refuse_bad(x: Tensor, rows: Tensor, hook: str, dtype: torch.dtype, corpus: 
         raise DataError(f"{place} is NaN or infinite before storing: check the weights and the forward dtype")
     peak = float(x[at].abs().max())
     name = next(k for k, v in TORCH_DTYPE.items() if v == dtype)
-    raise DataError(f"{place} reaches {peak:.4g}, too large for {name} (max {limit:.4g}): harvest with dtype='bf16'")
+    raise DataError(
+        f"{place} reaches {peak:.4g}, too large for {name} (max {limit:.4g}): harvest with dtype='bf16'"
+    )
 
 
 def bare_forward_rate(

@@ -34,7 +34,7 @@ class Site:
 
 
 def resid_mid_block(name: str) -> str | None:
-    """"blocks.3" for "blocks.3.hook_resid_mid", None for any other hook."""
+    """ "blocks.3" for "blocks.3.hook_resid_mid", None for any other hook."""
     block, _, rest = name.rpartition(".")
     return block if rest == "hook_resid_mid" else None
 
@@ -81,7 +81,9 @@ def module_sites(hf: nn.Module) -> dict[str, Site]:
         attn = _child(block, "self_attn", "attn", "attention")
         mlp = _child(block, "mlp", "feed_forward")
         if attn is None or mlp is None:
-            raise UsageError(f"{type(block).__name__} has no attention or MLP that is known: use transformer_lens")
+            raise UsageError(
+                f"{type(block).__name__} has no attention or MLP that is known: use transformer_lens"
+            )
         out_proj = _child(getattr(block, attn), "o_proj", "c_proj", "dense", "out_proj")
         # Gemma norms the outputs of both halves before adding them: what is added is the norm's output.
         sandwich = _child(block, "pre_feedforward_layernorm") is not None

@@ -174,7 +174,9 @@ class LanguageModel:
             )
         text = self.tokenizer.decode(self.tokenizer(_ROUND_TRIP, add_special_tokens=False).input_ids)
         if "".join(text.lower().split()) != "".join(_ROUND_TRIP.lower().split()):
-            raise DataError(f"{self.name}: the tokenizer turns {_ROUND_TRIP!r} into {text!r}: its files are broken")
+            raise DataError(
+                f"{self.name}: the tokenizer turns {_ROUND_TRIP!r} into {text!r}: its files are broken"
+            )
         probe = probe_tokens(self.d_vocab, self.device)
         with torch.inference_mode():
             logits = self(probe)
@@ -195,14 +197,16 @@ class LanguageModel:
         streams = self.capture(probe, resid)
         for left, right in zip(resid[1::2], resid[2::2]):
             if not torch.equal(streams[left], streams[right]):
-                raise DataError(f"{self.name}: {left} differs from {right}: these are not the residual stream")
+                raise DataError(
+                    f"{self.name}: {left} differs from {right}: these are not the residual stream"
+                )
 
 
 class _FinalNorm:
     """The last norm as a linear map, without its division."""
 
     def __init__(self, hf: nn.Module) -> None:
-        base: Any = getattr(hf, hf.base_model_prefix, hf)  # type: ignore[arg-type]
+        base: Any = getattr(hf, str(hf.base_model_prefix), hf)
         options = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
         norm = next((getattr(base, o) for o in options if getattr(base, o, None) is not None), None)
         if norm is None:

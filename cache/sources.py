@@ -117,7 +117,9 @@ def _jsonl(path: Path) -> Iterator[Document]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as e:
-            raise DataError(f"{path}:{number} is not JSON ({e.msg}): one JSON value a line is expected") from e
+            raise DataError(
+                f"{path}:{number} is not JSON ({e.msg}): one JSON value a line is expected"
+            ) from e
         row = {"text": value} if isinstance(value, str) else value
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise DataError(f'{path}:{number} has no string "text": each line is a string or {{"text": …}}')
@@ -154,5 +156,7 @@ def _labelled(documents: Iterator[Document], labels: Mapping[str, Sequence[Label
     for i, doc in enumerate(documents):
         for name, values in columns.items():
             if i >= len(values):
-                raise UsageError(f"{name} has {len(values)} values but there are more documents: give one each")
+                raise UsageError(
+                    f"{name} has {len(values)} values but there are more documents: give one each"
+                )
         yield Document(doc.text, doc.source, doc.labels | {k: v[i] for k, v in columns.items()})

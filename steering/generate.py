@@ -24,7 +24,7 @@ BASELINE, STEERED = 0, 1
 class Step(NamedTuple):
     """What one step of generation adds. A token is None once its text has ended."""
 
-    index: int  # 0 for the first generated token
+    number: int  # 0 for the first generated token
     baseline: int | None  # token id
     steered: int | None
     baseline_text: str  # new characters; empty while a character is incomplete
@@ -75,7 +75,7 @@ class Generation:
         ended = [False, False]
         tokens = torch.tensor([self.prompt_ids] * 2, device=self.model.device)
         past, offset = None, 0
-        for index in range(self.limit):
+        for number in range(self.limit):
             logits, past = self._forward(tokens, past, offset)
             offset += tokens.shape[1]
             uniform = float(torch.rand((), generator=rng, dtype=torch.float64))
@@ -89,7 +89,7 @@ class Generation:
                 ids[row].append(drawn[row])
                 ended[row] = drawn[row] in eos
                 pieces[row] = "" if ended[row] else texts[row].push(drawn[row])
-            yield Step(index, shown[0], shown[1], pieces[0], pieces[1], logits)
+            yield Step(number, shown[0], shown[1], pieces[0], pieces[1], logits)
             if all(ended):
                 return
             tokens = torch.tensor([[drawn[0]], [drawn[1]]], device=self.model.device)

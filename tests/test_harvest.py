@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,20 @@ def corpus(tiny_model: LanguageModel, texts: list[str], tmp_path: Path) -> Corpu
 
 def expected_rows(model: LanguageModel, corpus: Corpus, hook: str) -> Tensor:
     """One unbatched forward pass per sequence, read by a hook of PyTorch's own."""
-    layers = model.hf.model.layers  # type: ignore[union-attr]
+    hf: Any = model.hf
+    layers = hf.model.layers
     got: list[Tensor] = []
     if hook.endswith("hook_z"):
-        handle = layers[2].self_attn.o_proj.register_forward_pre_hook(lambda m, a: got.append(a[0].flatten(2)))
+        handle = layers[2].self_attn.o_proj.register_forward_pre_hook(
+            lambda _, a: got.append(a[0].flatten(2))
+        )
     else:
         module = layers[0].mlp if "mlp" in hook else layers[1]
-        handle = module.register_forward_hook(lambda m, a, o: got.append(o))
+        handle = module.register_forward_hook(lambda _, __, o: got.append(o))
     tok, at = corpus.column("tok"), corpus.seq_offsets
     with torch.no_grad():
-        for a, b in zip(at, at[1:]):
-            model.hf(torch.tensor(tok[a:b].astype(np.int64))[None])
+        for a, b in pairwise(at):
+            hf(torch.tensor(tok[a:b].astype(np.int64))[None])
     handle.remove()
     return torch.cat([g[0] for g in got])
 
@@ -107,7 +111,7 @@ def test_batches_hold_every_token_once_at_its_place(lengths: list[int], batch_to
     class Table:
         seq_offsets = np.concatenate([[0], np.cumsum(lengths)])
 
-        def column(self, name: str) -> np.ndarray:
+        def column(self, _: str) -> np.ndarray:
             return np.arange(1, sum(lengths) + 1, dtype=np.int32)  # row r holds token r + 1; 0 is padding
 
     first = min(cut, len(lengths) - 1)
@@ -176,6 +180,7 @@ def test_an_interrupted_harvest_writes_only_what_is_missing(
 
 _CHILD = """
 import os, signal, sys, time
+from itertools import pairwise
 from pathlib import Path
 import cache.records
 from cache import LanguageModel, Corpus, harvest, load_model
@@ -306,9 +311,7 @@ def test_a_value_too_large_for_the_dtype_is_refused_before_the_cast(
     assert store.complete(pre) and store.stats(pre, split=None, skip=None).max_abs > 9e4
 
 
-def test_auto_dtype_is_bf16_where_fp16_would_be_tight(
-    tiny_dir: Path, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_auto_dtype_is_bf16_where_fp16_would_be_tight(tiny_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
     model = load_model(tiny_dir, device="cpu")
     pre = "blocks.0.hook_resid_pre"
     small = harvest(model, corpus, hooks=pre, workspace=tmp_path / "a", **OPTIONS)
@@ -370,9 +373,7 @@ def test_bare_forward_rate_runs_the_batches_of_a_harvest(
 def test_the_packaged_model_is_harvested_as_it_computes(real_workspace: Path, tmp_path: Path) -> None:
     model = load_model("smollm2-135m-instruct-q4_1", workspace=real_workspace, device="cpu")
     hook = "blocks.15.hook_resid_post"
-    corpus = build_corpus(
-        "boolq", model.tokenizer, workspace=real_workspace, max_tokens=600, context=64
-    )
+    corpus = build_corpus("boolq", model.tokenizer, workspace=real_workspace, max_tokens=600, context=64)
     store = harvest(model, corpus, hooks=hook, workspace=real_workspace, show_progress=False)
     tok, at = corpus.column("tok"), corpus.seq_offsets
     for s in range(0, corpus.n_seqs, 4):

@@ -51,10 +51,10 @@ def by_plain_hooks(plain: Any, tokens: Tensor, block: int) -> dict[str, Tensor]:
     got: dict[str, Tensor] = {}
 
     def before(name: str) -> Any:
-        return lambda module, args, kwargs: got.__setitem__(name, args[0] if args else kwargs["hidden_states"])
+        return lambda _, args, kwargs: got.__setitem__(name, args[0] if args else kwargs["hidden_states"])
 
     def after(name: str) -> Any:
-        return lambda module, args, out: got.__setitem__(name, out[0] if isinstance(out, tuple) else out)
+        return lambda _, __, out: got.__setitem__(name, out[0] if isinstance(out, tuple) else out)
 
     handles = [
         layer.register_forward_pre_hook(before("hook_resid_pre"), with_kwargs=True),
@@ -124,8 +124,8 @@ def test_a_mask_makes_padding_invisible(model: LanguageModel, side: str) -> None
 
 def test_capture_stops_after_the_deepest_hook(model: LanguageModel, tokens: Tensor) -> None:
     ran: list[int] = []
-    last = model.hf.model.layers[2]  # type: ignore[union-attr,index]
-    handle = last.register_forward_pre_hook(lambda *a: ran.append(1))
+    hf: Any = model.hf
+    handle = hf.model.layers[2].register_forward_pre_hook(lambda *_: ran.append(1))
     model.capture(tokens, ["blocks.0.hook_resid_post", RESID])
     assert not ran
     model.capture(tokens, ["blocks.2.hook_resid_pre"])
@@ -139,7 +139,7 @@ def test_both_backends_agree_on_other_architectures(family: str, tmp_path: Path)
 
     tok = tiny_tokenizer()
     small: dict[str, Any] = {"vocab_size": len(tok), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
         "max_position_embeddings": 64, "initializer_range": 0.2,
     }  # fmt: skip
@@ -182,7 +182,7 @@ def test_identity_edit_is_bit_identical_and_a_real_one_is_undone(
     before = model(tokens)
     with model.hooked({name: lambda x: x.clone()}):
         assert torch.equal(model(tokens), before)
-    with model.hooked({name: lambda x: None}):
+    with model.hooked({name: lambda _: None}):
         assert torch.equal(model(tokens), before)
     with model.hooked({name: lambda x: x * 0.5 + 1}):
         assert not torch.allclose(model(tokens), before, atol=1e-2)
@@ -209,7 +209,7 @@ def test_an_edit_reaches_everything_after_it(
         causal = torch.full((9, 9), float("-inf")).triu(1)[None, None]
         layer = layers[1]
         x = at("hook_resid_pre", x)
-        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: (at("attn.hook_z", a[0]),))
+        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, a: (at("attn.hook_z", a[0]),))
         normed = layer.input_layernorm(x)
         a = layer.self_attn(hidden_states=normed, position_embeddings=rope, attention_mask=causal)[0]
         handle.remove()
@@ -299,10 +299,7 @@ def test_stepping_with_the_cache_equals_the_full_forward(
 def test_logit_lens_is_the_direct_path_in_closed_form(model: LanguageModel, plain: Any) -> None:
     x = torch.randn(5, model.d_model, generator=torch.Generator().manual_seed(0))
     expected = torch.stack(
-        [
-            torch.stack([(row * plain.model.norm.weight) @ u for u in plain.lm_head.weight[:50]])
-            for row in x
-        ]
+        [torch.stack([(row * plain.model.norm.weight) @ u for u in plain.lm_head.weight[:50]]) for row in x]
     )
     got = model.logit_lens(x)
     assert got.shape == (5, model.d_vocab)
@@ -340,7 +337,9 @@ def test_hooks_are_listed_in_the_order_they_run(model: LanguageModel) -> None:
     assert not any("hook_pattern" in n or "scores" in n for n in names)  # not one vector per token
 
 
-def test_identity_names_what_decides_the_numbers(model: LanguageModel, tiny_dir: Path, tmp_path: Path) -> None:
+def test_identity_names_what_decides_the_numbers(
+    model: LanguageModel, tiny_dir: Path, tmp_path: Path
+) -> None:
     assert set(model.identity) == {
         "model", "weights_sha256", "tokenizer_sha256", "template_sha256", "backend",
         "attn_implementation", "forward_dtype",
@@ -354,9 +353,11 @@ def test_identity_names_what_decides_the_numbers(model: LanguageModel, tiny_dir:
     changed = {k for k in other if other[k] != model.identity[k]}
     assert changed == {"weights_sha256"}
     half = load_model(tiny_dir, backend=model.backend, device="cpu", dtype=torch.bfloat16)
-    assert half.identity["forward_dtype"] == "bfloat16" and half.capture(
-        torch.ones(1, PROBE_TOKENS, dtype=torch.int64), [RESID]
-    )[RESID].dtype == torch.bfloat16
+    assert (
+        half.identity["forward_dtype"] == "bfloat16"
+        and half.capture(torch.ones(1, PROBE_TOKENS, dtype=torch.int64), [RESID])[RESID].dtype
+        == torch.bfloat16
+    )
 
 
 def test_loading_leaves_the_tokenizer_as_it_is_on_disk(model: LanguageModel) -> None:

@@ -39,7 +39,9 @@ def make_sae(activation: str, *, tied: bool) -> SAE:
     """An SAE on orthonormal decoder rows (tied: code = projection), or a random overcomplete one."""
     g = torch.Generator().manual_seed(3)
     d_sae = D_MODEL if tied else 4 * D_MODEL
-    sae = SAE(SAEConfig(d_sae=d_sae, k=d_sae if tied else 8, activation=activation, d_model=D_MODEL, hook=HOOK))
+    sae = SAE(
+        SAEConfig(d_sae=d_sae, k=d_sae if tied else 8, activation=activation, d_model=D_MODEL, hook=HOOK)
+    )
     rows = torch.randn(d_sae, D_MODEL, generator=g)
     if tied:
         rows = torch.linalg.qr(rows.T).Q.T.contiguous()
@@ -99,7 +101,9 @@ def test_edit_is_exact_at_its_positions_and_absent_elsewhere(model, direction, w
     before, after = residuals(model, [edit], tokens, prompt_length, offset)
     for t in range(tokens.shape[1]):
         at = offset + t
-        inside = {"prompt": at < prompt_length, "generated": at >= prompt_length, "all": True}[where] and at > 0
+        inside = {"prompt": at < prompt_length, "generated": at >= prompt_length, "all": True}[
+            where
+        ] and at > 0
         expected = before[1, t] + (0.5 * NORM) * direction.vector if inside else before[1, t]
         assert torch.equal(after[1, t], expected), f"position {at}"
     assert torch.equal(after[0], before[0]), "the baseline row is never edited"
@@ -139,7 +143,9 @@ def test_stopping_early_leaves_the_model_clean(model, direction) -> None:
     ids = torch.tensor([model.tokenizer(PROMPT)["input_ids"]])
     with torch.inference_mode():
         before, _ = model.forward(ids)
-        running = iter(generate(model, PROMPT, edits=[Edit(direction=direction, strength=5.0, unit_norm=NORM)]))
+        running = iter(
+            generate(model, PROMPT, edits=[Edit(direction=direction, strength=5.0, unit_norm=NORM)])
+        )
         next(running)
         between, _ = model.forward(ids)
         running.close()
@@ -158,7 +164,9 @@ def test_clamp_sets_the_feature_coefficient(activation, sign) -> None:
     reached = moved @ sae.W_dec[5]
     negative_start = (x @ sae.W_dec[5]).clamp_max(0) if activation == "topk" else 0.0
     # A one-sided code reads 0 below zero, so the clamp moves from 0 there, not from the projection.
-    torch.testing.assert_close(reached, torch.full((20,), sign * 0.75 * NORM) + negative_start, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        reached, torch.full((20,), sign * 0.75 * NORM) + negative_start, rtol=0, atol=1e-4
+    )
     if activation == "abs_topk":
         code = sae.encode(moved).dense(D_MODEL)[:, 5]
         torch.testing.assert_close(code, torch.full((20,), sign * 0.75 * NORM), rtol=0, atol=1e-4)
@@ -242,7 +250,9 @@ def test_effects_are_those_of_the_unedited_model(model, direction) -> None:
 
 
 def test_without_an_edit_there_is_no_effect(model, direction) -> None:
-    run = generate(model, PROMPT, edits=[Edit(direction=direction, strength=0.0, unit_norm=NORM)], max_new_tokens=4)
+    run = generate(
+        model, PROMPT, edits=[Edit(direction=direction, strength=0.0, unit_norm=NORM)], max_new_tokens=4
+    )
     list(run)
     got = measure(model, run)
     assert got.kl_per_token == 0 and got.edit_size == 0
@@ -263,7 +273,10 @@ def test_kl_grows_with_strength(model, direction) -> None:
     sizes = []
     for strength in (0.1, 0.5, 2.0):
         run = generate(
-            model, PROMPT, edits=[Edit(direction=direction, strength=strength, unit_norm=NORM)], max_new_tokens=4
+            model,
+            PROMPT,
+            edits=[Edit(direction=direction, strength=strength, unit_norm=NORM)],
+            max_new_tokens=4,
         )
         list(run)
         sizes.append(measure(model, run).kl_per_token)
@@ -296,7 +309,8 @@ def test_sampling_follows_the_distribution_and_its_nucleus() -> None:
 def test_the_same_seed_gives_the_same_texts(model, direction) -> None:
     edit = Edit(direction=direction, strength=0.2, unit_norm=NORM)
     first, again, other = (
-        [(s.baseline, s.steered) for s in steps(model, edit, n=12, temperature=1.5, seed=seed)] for seed in (1, 1, 2)
+        [(s.baseline, s.steered) for s in steps(model, edit, n=12, temperature=1.5, seed=seed)]
+        for seed in (1, 1, 2)
     )
     assert first == again and first != other
 
@@ -347,4 +361,7 @@ def test_wrong_edits_say_what_to_change(model, direction) -> None:
 
 def test_naming_the_package_does_not_import_torch() -> None:
     code = "import sys, steering; dir(steering); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )

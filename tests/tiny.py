@@ -23,7 +23,18 @@ CHAT_TEMPLATE = (
 )
 
 _ANIMALS = ("cat", "dog", "heron", "fox", "tortoise", "bee", "whale", "sparrow", "goat", "mole")
-_PLACES = ("garden", "harbour", "old mill", "forest", "library", "market", "station", "river", "attic", "field")
+_PLACES = (
+    "garden",
+    "harbour",
+    "old mill",
+    "forest",
+    "library",
+    "market",
+    "station",
+    "river",
+    "attic",
+    "field",
+)
 _TEMPLATES = (
     "The {animal} waited in the {place} until the rain had stopped.",
     "Nobody in the {place} had ever seen a {animal} before.",

@@ -72,7 +72,10 @@ def build_tiny_workspace(root: Path) -> TinyWorkspace:
     model_dir = hostile_model_dir(root / "tiny-hostile")
     model = load_model(model_dir, workspace=path)
     words = list(HOSTILE_TOKENS)
-    documents = [f"{text} {words[i % len(words)]}{words[(i // 7) % len(words)]} {text}" for i, text in enumerate(SENTENCES)]
+    documents = [
+        f"{text} {words[i % len(words)]}{words[(i // 7) % len(words)]} {text}"
+        for i, text in enumerate(SENTENCES)
+    ]
     corpus = build_corpus(documents, model.tokenizer, context=32, workspace=path, name="sentences")
     store = harvest(model, corpus, hooks=[HOOK], workspace=path)
     configs = [presets.topk(d_sae=96, k=4), presets.abs_topk(d_sae=96, k=4)]
@@ -82,7 +85,13 @@ def build_tiny_workspace(root: Path) -> TinyWorkspace:
         evaluate(result.sae, store, model, max_tokens=400)
         build_index(result.sae, store, model, sae_path=result.path)
         ids[result.sae.cfg.activation] = result.sae.sae_id
-    add_label(path, sae_id=ids["topk"], feature=_alive(path, ids["topk"]), text=HOSTILE_TOKENS[1], author="<b>me</b>")
+    add_label(
+        path,
+        sae_id=ids["topk"],
+        feature=_alive(path, ids["topk"]),
+        text=HOSTILE_TOKENS[1],
+        author="<b>me</b>",
+    )
     return TinyWorkspace(path, model_dir, ids)
 
 

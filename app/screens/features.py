@@ -5,6 +5,7 @@ URL: ?sae=&fid=&sign=&q=&mode=&dens=&sort=&page=&kind=&width=. Everything shown 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,15 +75,17 @@ def feature_list(index: FeatureIndex) -> int | None:
     )  # fmt: skip
     whole = (low, high) == (-6.0, 0.0)
     found = index.tokens_like(query) if mode == "Token" and query else None
-    frame, total = index.list_features(
-        query=query or "",
-        mode=MODES[mode],
-        density=None if whole else (10**low, 10**high),
-        sort="match" if found is not None and sort == "by density" else SORTS[sort],
-        descending=sort != "by id",
-        limit=PAGE_SIZE,
-        offset=PAGE_SIZE * (_page() - 1),
-    )
+    filters: dict[str, Any] = {
+        "query": query or "",
+        "mode": MODES[mode],
+        "density": None if whole else (10**low, 10**high),
+        "sort": "match" if found is not None and sort == "by density" else SORTS[sort],
+        "descending": sort != "by id",
+        "limit": PAGE_SIZE,
+    }
+    frame, total = index.list_features(**filters, offset=PAGE_SIZE * (_page() - 1))
+    if total and not len(frame):  # a page in the URL that this list does not have
+        frame, total = index.list_features(**filters)
     state.muted(f"{total:,} of {index.meta['d_sae']:,} features{tokens_searched(found)}")
     if not len(frame):
         state.line("Nothing matches: clear the search or widen the density range.")
@@ -113,12 +116,17 @@ def tokens_searched(found: pd.DataFrame | None) -> str:
         return ""
     names = [figures.glyphs(str(t)) for t in found["token"].head(6)]
     more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-    return f", strongest first, that fire on {', '.join(names)}{more}" if names else ": no such token in the corpus"
+    return (
+        f", strongest first, that fire on {', '.join(names)}{more}"
+        if names
+        else ": no such token in the corpus"
+    )
 
 
 def _page() -> int:
-    asked = st.session_state.get("page") or st.query_params.get("page", 1)
-    return int(asked) if str(asked).isdigit() and int(asked) > 0 else 1
+    """The page of the list, known before its widget is drawn."""
+    asked = str(st.session_state.get("page") or st.query_params.get("page", "1"))
+    return int(asked) if asked.isascii() and asked.isdigit() and 0 < int(asked) < 10_000 else 1
 
 
 def header(index: FeatureIndex, first: int | None) -> int | None:
@@ -165,7 +173,10 @@ def about(f: dict[str, Any], meta: dict[str, Any]) -> str:
 def tiles(f: dict[str, Any], meta: dict[str, Any]) -> figures.HTML:
     density = float(f["density"])
     stats = [
-        (f"{figures.number(100 * density)} %", f"of tokens, 1 in {round(1 / density):,}" if density else "of tokens"),
+        (
+            f"{figures.number(100 * density)} %",
+            f"of tokens, 1 in {round(1 / density):,}" if density else "of tokens",
+        ),
         (figures.number(f["max_act"]), "largest activation"),
     ]
     if meta["signed"]:
@@ -188,7 +199,9 @@ def activations(index: FeatureIndex, feature: int, sign: int) -> None:
             "Tokens shown around the centre", list(WIDTHS), default="30", required=True, key="width",
             bind="query-params", label_visibility="collapsed",
         )  # fmt: skip
-    examples = index.examples(feature, kind=KINDS[kind or "Top"], sign=sign, n=20, width=WIDTHS[width or "30"])
+    examples: Sequence[Example] = index.examples(
+        feature, kind=KINDS[kind or "Top"], sign=sign, n=20, width=WIDTHS[width or "30"]
+    )
     f = index.feature(feature)
     if not examples:
         state.muted("No context: the feature did not fire on this side in the indexed tokens.")
@@ -205,7 +218,9 @@ def named(e: Example) -> Example:
     if not e.band:
         return e
     tenth = int(e.band[1:])
-    words = {0: "strongest tenth of its firings", 9: "weakest tenth"}.get(tenth, f"{10 * tenth} to {10 * tenth + 10} %")
+    words = {0: "strongest tenth of its firings", 9: "weakest tenth"}.get(
+        tenth, f"{10 * tenth} to {10 * tenth + 10} %"
+    )
     return replace(e, band=words)
 
 
@@ -223,7 +238,9 @@ def plots(index: FeatureIndex, feature: int) -> None:
     with right:
         lens = index.logits(feature)
         if len(lens):
-            state.muted("Direct effect on the next token (logit lens, direct path only): most raised, most lowered")
+            state.muted(
+                "Direct effect on the next token (logit lens, direct path only): most raised, most lowered"
+            )
             st.html(figures.logit_table(lens, n=10))
         else:
             state.line("No logit lens in this index. Build it with the model:", "atomscope index")
@@ -263,16 +280,25 @@ def labels(index: FeatureIndex, feature: int, sign: int) -> None:
             if text.strip():
                 save(index, feature, sign, text, author)
             state.line("The label is empty: type some words first.")
-    events = [e for e in label_events(index.workspace) if (e["sae_id"], e["feature"]) == (index.sae_id, feature)]
+    events = [
+        e for e in label_events(index.workspace) if (e["sae_id"], e["feature"]) == (index.sae_id, feature)
+    ]
     if events:
         history = pd.DataFrame(events[::-1])[["text", "sign", "author", "method", "score", "created"]]
-        st.dataframe(history, hide_index=True, key="history", alt="Labels given to this feature, newest first")
+        st.dataframe(
+            history, hide_index=True, key="history", alt="Labels given to this feature, newest first"
+        )
 
 
 def save(index: FeatureIndex, feature: int, sign: int, text: str, author: str) -> None:
     try:
         add_label(
-            index.workspace, sae_id=index.sae_id, feature=feature, sign=sign, text=text, author=author.strip() or None
+            index.workspace,
+            sae_id=index.sae_id,
+            feature=feature,
+            sign=sign,
+            text=text,
+            author=author.strip() or None,
         )
     except (AtomscopeError, OSError) as e:
         state.line(f"The label was not saved: {e}")

@@ -11,7 +11,13 @@ from app import figures, state
 from app.catalogue import Catalogue, measure_table, read_catalogue
 from cache.errors import AtomscopeError
 
-MEASURES = {"l0": "L0", "fvu": "FVU", "cos": "cosine", "ce_recovered_mean": "CE recovered", "delta_ce": "ΔCE, nats"}
+MEASURES = {
+    "l0": "L0",
+    "fvu": "FVU",
+    "cos": "cosine",
+    "ce_recovered_mean": "CE recovered",
+    "delta_ce": "ΔCE, nats",
+}
 SUBJECTS = {"sae": "SAE", "random": "random dictionary"}
 
 
@@ -64,7 +70,9 @@ def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
         for i, (subject, values) in enumerate(table.iterrows()):
             cells = [figures.number(values.get(m)) for m in MEASURES]
             who = SUBJECTS.get(str(subject), str(subject).upper().replace("PCA-", "PCA, "))
-            rows.append((names.get(sae_id, sae_id) if i == 0 else "", who, *cells, interval if i == 0 else ""))
+            rows.append(
+                (names.get(sae_id, sae_id) if i == 0 else "", who, *cells, interval if i == 0 else "")
+            )
     st.html(figures.table(("SAE", "subject", *MEASURES.values(), "95 % interval"), rows, text=2))
     n = c.measures.groupby("metric")["n"].max()
     state.muted(
@@ -75,7 +83,10 @@ def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
 
 
 def interval_of(measures: pd.DataFrame, sae_id: str) -> str:
-    found = measures.query("sae_id == @sae_id and metric == 'delta_ce' and subject == 'sae'")
+    mine = (
+        (measures["sae_id"] == sae_id) & (measures["metric"] == "delta_ce") & (measures["subject"] == "sae")
+    )
+    found = measures[mine]
     if not len(found) or pd.isna(found["ci_low"].iloc[0]):
         return ""
     return f"{figures.number(found['ci_low'].iloc[0])} to {figures.number(found['ci_high'].iloc[0])}"
@@ -98,11 +109,17 @@ def data(c: Catalogue) -> None:
     if not len(c.corpora):
         state.line("No corpus yet. Tokenise one with", "atomscope corpus")
         return
-    rows = [
-        (r["corpus"], r["source"], f"{int(r['documents']):,}", f"{int(r['held_out']):,}", f"{int(r['tokens']):,}")
+    corpora = [
+        (
+            r["corpus"],
+            r["source"],
+            f"{int(r['documents']):,}",
+            f"{int(r['held_out']):,}",
+            f"{int(r['tokens']):,}",
+        )
         for r in c.corpora.to_dict("records")
     ]
-    st.html(figures.table(("corpus", "source", "documents", "held out", "tokens"), rows, text=2))
+    st.html(figures.table(("corpus", "source", "documents", "held out", "tokens"), corpora, text=2))
 
 
 def page() -> None:
@@ -113,7 +130,10 @@ def page() -> None:
         state.line(str(e))
         return
     if not (len(c.saes) or len(c.stores) or len(c.corpora)):
-        state.line("This workspace is empty. Make model, activations, SAEs and index in one go with", "atomscope demo")
+        state.line(
+            "This workspace is empty. Make model, activations, SAEs and index in one go with",
+            "atomscope demo",
+        )
         return
     metas = state.index_metas()
     summary(c, len(metas))

@@ -1,6 +1,6 @@
 """Prompt inspector: type a text, see the features of each token and of the whole text.
 
-URL: ?sae=&prompt=&pool=&fid=. The model runs on this machine; results stay in the session as numpy arrays.
+URL: ?sae=&prompt=&pool=&paint=. The model runs on this machine; results stay in the session as numpy arrays.
 """
 
 from __future__ import annotations
@@ -78,19 +78,27 @@ def feature_table(index: FeatureIndex, found: Inspection, token: int) -> int | N
     density = densities(index, [f for f, _, _ in rows])
     rows_shown = [r for r in rows if dense or density[r[0]] <= DENSE][:SHOWN]
     shown = [
-        {"feature": f, "value": v, "label": label(labels, f), "token": figures.glyphs(found.tokens[at]), "at": at}
+        {
+            "feature": f,
+            "value": v,
+            "label": label(labels, f),
+            "token": figures.glyphs(found.tokens[at]),
+            "at": at,
+        }
         for f, v, at in rows_shown
     ]
     where = f"token {token}, {figures.glyphs(found.tokens[token])}" if pool == "token" else "the whole text"
-    state.muted(f"{len(shown)} of {len(rows)} features that fire, for {where}. Choose a row to paint it on the text.")
+    state.muted(
+        f"{len(shown)} of {len(rows)} features that fire, for {where}. Choose a row to paint it on the text."
+    )
     if not shown:
         return None
-    ids = [r["feature"] for r in shown]
+    ids = [f for f, _, _ in rows_shown]
 
     def paint() -> None:
         picked = st.session_state["fired"]["selection"]["rows"]
         if picked and picked[0] < len(ids):
-            st.session_state["fid"] = str(ids[picked[0]])
+            st.session_state["paint"] = str(ids[picked[0]])
 
     st.dataframe(
         pd.DataFrame(shown), key="fired", hide_index=True, on_select=paint, selection_mode="single-row",
@@ -110,41 +118,52 @@ def result(index: FeatureIndex, found: Inspection) -> None:
     token = chosen if isinstance(chosen, int) and chosen < len(found.tokens) else len(found.tokens) - 1
     strip = st.container()
     first = feature_table(index, found, token)
-    feature = painted(index, first)
     with strip:
-        if feature is None:
-            state.muted("No feature to paint.")
-            values = np.zeros(len(found.tokens))
-        else:
-            f = index.feature(feature)
-            values = found.column(feature)
-            state.title(f.get("label") or "No label yet", str(feature))
-            fires = int((values != 0).sum())
-            state.muted(f"fires on {fires} of {len(values) - 1} tokens. Click a token for its features.")
+        head, box = st.columns([0.84, 0.16])
+        with box:
+            text = st.text_input(
+                "Feature id", key="paint", bind="query-params", max_chars=80, label_visibility="collapsed",
+                placeholder="" if first is None else str(first),
+            )  # fmt: skip
+        with head:
+            values, feature = painted(index, found, text, first)
+        scale = float(np.abs(values).max(initial=0)) or 1.0
         picked = clickable_strip(
-            found.tokens, values, key="strip", scale=float(np.abs(values).max(initial=0)) or 1.0, chosen=token
+            found.tokens, values, key="strip", scale=scale, chosen=token, on_change=show_token
         )
         if picked is not None and picked != chosen:
             st.session_state["token"] = picked
             st.rerun()
         if feature is not None:
-            open_it = {"sae": index.meta["sae_id"], "fid": str(feature)}
+            open_it = {"sae": index.sae_id, "fid": str(feature)}
             with st.container(horizontal=True):
                 st.page_link("screens/features.py", label="Open feature", query_params=open_it)
                 st.page_link("screens/steer.py", label="Steer with it", query_params=open_it)
     reconstruction(found)
 
 
-def painted(index: FeatureIndex, first: int | None) -> int | None:
-    """The feature of the URL, else the first of the list; a wrong id is named."""
-    text = st.session_state.get("fid") or st.query_params.get("fid") or ""
-    if not text:
-        return first
+def show_token() -> None:
+    """A click on a token asks for its features."""
+    st.session_state["pool"] = "Chosen token"
+
+
+def painted(
+    index: FeatureIndex, found: Inspection, text: str, first: int | None
+) -> tuple[np.ndarray, int | None]:
+    """Values of the feature in the box (else the first of the list) on every token, under its name."""
     try:
-        return state.feature_id(text, index.meta["d_sae"])
+        feature = state.feature_id(text, index.meta["d_sae"]) if text else first
     except AtomscopeError as e:
         state.line(str(e))
-        return first
+        feature = first
+    if feature is None:
+        state.muted("No feature to paint.")
+        return np.zeros(len(found.tokens)), None
+    values = found.column(feature)
+    state.title(index.feature(feature)["label"] or "No label yet", str(feature))
+    fires = int((values != 0).sum())
+    state.muted(f"fires on {fires} of {len(values) - 1} tokens. Click a token for its features.")
+    return values, feature
 
 
 def reconstruction(found: Inspection) -> None:
@@ -154,7 +173,9 @@ def reconstruction(found: Inspection) -> None:
         f"Unexplained share of each token (FVU): median {np.median(whole):.3f}, largest {whole.max():.3f}. "
         "Darker is worse; position 0 is not encoded."
     )
-    st.html(figures.token_strip(found.tokens, np.nan_to_num(found.fvu), scale=1.0, colour=theme.CONTROL, digits=3))
+    st.html(
+        figures.token_strip(found.tokens, np.nan_to_num(found.fvu), scale=1.0, colour=theme.CONTROL, digits=3)
+    )
 
 
 def page() -> None:

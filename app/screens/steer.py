@@ -35,7 +35,9 @@ def feature_choice(index: FeatureIndex) -> tuple[int | None, int]:
         except AtomscopeError as e:
             state.line(str(e))
             return None, 1
-        state.muted(f"{f.get('label') or 'no label yet'} · fires on {figures.number(100 * f['density'])} % of tokens")
+        state.muted(
+            f"{f.get('label') or 'no label yet'} · fires on {figures.number(100 * f['density'])} % of tokens"
+        )
     else:
         state.muted("Choose one in the explorer, or type its id.")
     if not index.meta["signed"]:
@@ -84,13 +86,21 @@ def prompt_choice() -> dict[str, Any]:
     temperature = second.number_input("Temperature", 0.0, 2.0, 0.0, 0.1, key="temp", bind="query-params")
     seed = third.number_input("Seed", 0, 10**6, 16, key="seed", bind="query-params")
     chat = st.toggle("as a chat turn", key="chat", help="Wrap the prompt in the model's chat template")
-    return {"prompt": text or "", "tokens": int(tokens), "temperature": temperature, "seed": int(seed), "chat": chat}
+    return {
+        "prompt": text or "",
+        "tokens": int(tokens),
+        "temperature": temperature,
+        "seed": int(seed),
+        "chat": chat,
+    }
 
 
 def controls(index: FeatureIndex) -> Request | None:
     """Everything at the left; a request if Generate was pressed."""
     state.title("Steering")
-    state.muted(f"at {index.meta['hook']}; mean residual norm {figures.number(index.meta['mean_resid_norm'])}")
+    state.muted(
+        f"at {index.meta['hook']}; mean residual norm {figures.number(index.meta['mean_resid_norm'])}"
+    )
     feature, sign = feature_choice(index)
     op, strength, where = edit_choice()
     text = prompt_choice()
@@ -110,7 +120,9 @@ def controls(index: FeatureIndex) -> Request | None:
 def notes(result: Result) -> tuple[str, str]:
     left = f"{len(result.baseline_ids)} tokens"
     at = result.differs_at()
-    return left, f"{len(result.steered_ids)} tokens, " + ("the same" if at is None else f"differs from token {at + 1}")
+    return left, f"{len(result.steered_ids)} tokens, " + (
+        "the same" if at is None else f"differs from token {at + 1}"
+    )
 
 
 def texts(result: Result, panes: tuple[Any, Any]) -> None:
@@ -169,7 +181,9 @@ def page() -> None:
             what_it_did(kept)
     else:
         with middle:
-            state.muted("Baseline and steered text appear here, token by token, drawn with the same random numbers.")
+            state.muted(
+                "Baseline and steered text appear here, token by token, drawn with the same random numbers."
+            )
 
 
 page()
