@@ -30,7 +30,8 @@ for name, group in (("models", models), ("corpus", corpus), ("store", store), ("
     app.add_typer(group, name=name)
 
 Workspace = Annotated[
-    Path | None, typer.Option("--workspace", "-w", help="Workspace folder; default $ATOMSCOPE_HOME or ./workspace.")
+    Path | None,
+    typer.Option("--workspace", "-w", help="Workspace folder; default $ATOMSCOPE_HOME or ./workspace."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -98,7 +99,9 @@ def models_fetch(name: str, workspace: Workspace = None) -> None:
 
 @corpus.command("build")
 def corpus_build(
-    source: Annotated[str, typer.Argument(help="Packaged corpus (boolq) or a .txt, .jsonl, .csv, .parquet file.")],
+    source: Annotated[
+        str, typer.Argument(help="Packaged corpus (boolq) or a .txt, .jsonl, .csv, .parquet file.")
+    ],
     model: Annotated[str, typer.Option(help="Model whose tokenizer is used.")] = "smollm2-135m-instruct-q4_1",
     mode: Annotated[str, typer.Option(help="document or packed.")] = "document",
     max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
@@ -119,8 +122,12 @@ def corpus_build(
 @app.command()
 def harvest(
     corpus: Annotated[str, typer.Argument(help="Corpus folder or the beginning of its name.")],
-    hook: Annotated[list[str], typer.Option("--hook", help="Hook in TransformerLens names; repeat for several.")],
-    model: Annotated[str, typer.Option(help="Packaged model, local folder or hub id.")] = "smollm2-135m-instruct-q4_1",
+    hook: Annotated[
+        list[str], typer.Option("--hook", help="Hook in TransformerLens names; repeat for several.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Packaged model, local folder or hub id.")
+    ] = "smollm2-135m-instruct-q4_1",
     backend: Annotated[str, typer.Option(help="transformer_lens or nnsight.")] = "transformer_lens",
     dtype: Annotated[str, typer.Option(help="Store dtype: auto, fp16, bf16 or fp32.")] = "auto",
     workspace: Workspace = None,
@@ -132,7 +139,11 @@ def harvest(
     root = workspace_path(workspace)
     table = _open_corpus(corpus, root)
     made = cache.harvest(
-        cache.load_model(model, backend=backend, workspace=root), table, hooks=hook, workspace=root, dtype=dtype
+        cache.load_model(model, backend=backend, workspace=root),
+        table,
+        hooks=hook,
+        workspace=root,
+        dtype=dtype,
     )
     emit(
         {"store": made.path.name, "hooks": made.hooks, "last_run": made.last_run},
@@ -158,7 +169,9 @@ def _open_corpus(name: str, root: Path) -> Any:
 
 
 @store.command("info")
-def store_info(name: Annotated[str, typer.Argument()] = "latest", workspace: Workspace = None, as_json: AsJson = False) -> None:
+def store_info(
+    name: Annotated[str, typer.Argument()] = "latest", workspace: Workspace = None, as_json: AsJson = False
+) -> None:
     """What a store holds: model, corpus, hooks, rows, mean norms."""
     s = _open_store(name, workspace)
     hooks = []
@@ -191,8 +204,12 @@ def store_verify(name: Annotated[str, typer.Argument()] = "latest", workspace: W
 
 @app.command()
 def train(
-    store_name: Annotated[str, typer.Argument(metavar="STORE", help="Store folder, name or latest.")] = "latest",
-    hook: Annotated[str | None, typer.Option(help="Hook to train on; needed where the store has several.")] = None,
+    store_name: Annotated[
+        str, typer.Argument(metavar="STORE", help="Store folder, name or latest.")
+    ] = "latest",
+    hook: Annotated[
+        str | None, typer.Option(help="Hook to train on; needed where the store has several.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with saes: and train:.")] = None,
     preset: Annotated[str, typer.Option(help="topk or abs_topk (without a YAML file).")] = "topk",
     d_sae: Annotated[int | None, typer.Option("--d-sae", help="Latents.")] = None,
@@ -200,15 +217,21 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. saes.0.k=64 or train.seed=1.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the resolved job with memory and disk estimates, and stop.")] = False,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Override, e.g. saes.0.k=64 or train.seed=1.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the resolved job with memory and disk estimates, and stop.")
+    ] = False,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
     """Train SAEs on a store: all of a job's SAEs in one pass over the data. Goes on where an earlier run stopped."""
     job = jobs.read_job(config)
     if d_sae is not None:
-        job.setdefault("saes", []).append({"preset": preset, "d_sae": d_sae} | ({} if k is None else {"k": k}))
+        job.setdefault("saes", []).append(
+            {"preset": preset, "d_sae": d_sae} | ({} if k is None else {"k": k})
+        )
     given = {"steps": steps, "batch_size": batch_size, "lr": lr}
     job["train"] = (job.get("train") or {}) | {key: v for key, v in given.items() if v is not None}
     jobs.override(job, assign or [])
@@ -218,17 +241,30 @@ def train(
     if chosen not in data.hooks:
         raise UsageError(f"--hook is one of {', '.join(data.hooks)}")
     need = jobs.estimate(saes, schedule, data.d(chosen), data.d(chosen) * 2)
-    resolved = {"saes": [s.to_dict() for s in saes], "train": schedule.to_dict(), "store": data.path.name, "hook": chosen}
+    resolved = {
+        "saes": [s.to_dict() for s in saes],
+        "train": schedule.to_dict(),
+        "store": data.path.name,
+        "hook": chosen,
+    }
     if dry_run:
         text = json.dumps(resolved, indent=1) + f"\nmemory {need['memory_bytes'] / 2**30:.2f} GiB"
-        print(json.dumps(resolved | {"estimate": need}, indent=1) if as_json else text + f", disk {need['disk_bytes'] / 2**30:.2f} GiB")
+        print(
+            json.dumps(resolved | {"estimate": need}, indent=1)
+            if as_json
+            else text + f", disk {need['disk_bytes'] / 2**30:.2f} GiB"
+        )
         return
     print(f"about {need['memory_bytes'] / 2**30:.2f} GiB of memory", file=sys.stderr)
     from saes import train as run
 
     results = run(data, saes, schedule, hook=chosen)
     rows = [{"path": str(r.path), "sae_id": r.sae.sae_id, **r.metrics[-1]} for r in results]
-    emit(rows, as_json, "\n".join(f"{r['path']}  fvu {r['fvu']:.4f}  l0 {r['l0']:.1f}  dead {r['n_dead']:.0f}" for r in rows))
+    emit(
+        rows,
+        as_json,
+        "\n".join(f"{r['path']}  fvu {r['fvu']:.4f}  l0 {r['l0']:.1f}  dead {r['n_dead']:.0f}" for r in rows),
+    )
 
 
 @app.command()
@@ -236,7 +272,9 @@ def evaluate(
     sae: Annotated[str, typer.Argument(help="SAE folder, run name, sae_id or latest.")] = "latest",
     store_name: Annotated[str, typer.Argument(metavar="STORE")] = "latest",
     model: Annotated[str | None, typer.Option(help="Model; default: the store's.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Held-out tokens for the cross-entropy; 0 leaves it out.")] = 5000,
+    max_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens for the cross-entropy; 0 leaves it out.")
+    ] = 5000,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
@@ -247,7 +285,7 @@ def evaluate(
     from saes import evaluate as run
 
     data, loaded = _open_store(store_name, workspace), SAE.load(_sae_folder(sae, workspace))
-    lm = load_model(model or data.identity["model"], workspace=data.workspace) if max_tokens else None
+    lm = load_model(model or data.model_source, workspace=data.workspace) if max_tokens else None
     result = run(loaded, data, lm, max_tokens=max_tokens)
     emit(result.rows, as_json, "\n".join(evaluation_lines(result.rows)))
 
@@ -264,7 +302,7 @@ def index(
     from saes import SAE, build_index
 
     data, folder = _open_store(store_name, workspace), _sae_folder(sae, workspace)
-    lm = load_model(model or data.identity["model"], workspace=data.workspace)
+    lm = load_model(model or data.model_source, workspace=data.workspace)
     inside = folder.resolve().is_relative_to(data.workspace)
     print(build_index(SAE.load(folder), data, lm, sae_path=folder if inside else None))
 
@@ -282,7 +320,9 @@ def feature_list(
     """Features that fire on a token, carry a label, or have an id."""
     from saes import FeatureIndex
 
-    frame, total = FeatureIndex.open(workspace, sae_id).list_features(query, mode=mode, sort=sort, limit=limit)
+    frame, total = FeatureIndex.open(workspace, sae_id).list_features(
+        query, mode=mode, sort=sort, limit=limit
+    )
     frame = frame.drop(columns="hist")
     text = frame.to_string(index=False) + f"\n{len(frame)} of {total} features"
     emit(json.loads(frame.to_json(orient="records")), as_json, text)
@@ -320,7 +360,9 @@ def feature_show(
 def steer(
     prompt: str,
     feature: Annotated[int, typer.Option(help="Feature to steer with.")],
-    strength: Annotated[float, typer.Option(help="In units of the mean residual norm; useful values are 0.1 to 0.5.")] = 0.3,
+    strength: Annotated[
+        float, typer.Option(help="In units of the mean residual norm; useful values are 0.1 to 0.5.")
+    ] = 0.3,
     op: Annotated[str, typer.Option(help="add, clamp or ablate.")] = "add",
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -337,13 +379,15 @@ def steer(
     found = FeatureIndex.open(workspace, sae_id)
     found.feature(feature)
     if not found.meta["sae_path"]:
-        raise MissingDataError("this index does not say where its SAE is: build it again with `atomscope index`")
+        raise MissingDataError(
+            "this index does not say where its SAE is: build it again with `atomscope index`"
+        )
     sae = SAE.load(found.workspace / found.meta["sae_path"])
     edit = Edit(
         direction=Direction.from_sae_feature(sae, feature), op=op, strength=strength,  # type: ignore[arg-type]
         unit_norm=found.meta["mean_resid_norm"],
     )  # fmt: skip
-    model = load_model(found.meta["model"], workspace=found.workspace)
+    model = load_model(found.meta["model_source"], workspace=found.workspace)
     texts = ["", ""]
     steps = generate(
         model, prompt, edits=[edit], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -351,13 +395,21 @@ def steer(
     for step in steps:
         texts[0] += step.baseline_text
         texts[1] += step.steered_text
-    value = {"prompt": prompt, "feature": feature, "strength": strength, "baseline": texts[0], "steered": texts[1]}
+    value = {
+        "prompt": prompt,
+        "feature": feature,
+        "strength": strength,
+        "baseline": texts[0],
+        "steered": texts[1],
+    }
     emit(value, as_json, f"baseline: {prompt}{texts[0]}\n\nsteered:  {prompt}{texts[1]}")
 
 
 @app.command("app")
 def serve_app(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next free one is taken if it is in use.")] = 8501,
+    port: Annotated[
+        int, typer.Option(help="Port on 127.0.0.1; the next free one is taken if it is in use.")
+    ] = 8501,
     workspace: Workspace = None,
 ) -> None:
     """Open the explorer on 127.0.0.1."""

@@ -130,7 +130,9 @@ def _harvest(summary: Summary, model: Any, corpus: Any, config: DemoConfig, work
     if run["tokens"]:
         rate = run["tokens"] / run["seconds"]
         bare = bare_forward_rate(model, corpus, [config.hook], FLOOR_BATCHES)
-        summary.note("harvest", tokens_per_second=rate, floor="bare forward", floor_per_second=bare, ratio=rate / bare)
+        summary.note(
+            "harvest", tokens_per_second=rate, floor="bare forward", floor_per_second=bare, ratio=rate / bare
+        )
     return store
 
 
@@ -145,7 +147,9 @@ def _train(summary: Summary, store: Any, config: DemoConfig) -> Any:
     result = train(store, [sae], schedule, hook=config.hook)[0]
     rate = result.metrics[-1]["rate"]
     floor = config.batch_size / encoder_seconds(config.batch_size, result.sae.cfg.d_model, config.d_sae)
-    summary.note("train", tokens_per_second=rate, floor="encoder GEMM", floor_per_second=floor, ratio=rate / floor)
+    summary.note(
+        "train", tokens_per_second=rate, floor="encoder GEMM", floor_per_second=floor, ratio=rate / floor
+    )
     return result
 
 
@@ -204,5 +208,9 @@ def evaluation_lines(rows: list[dict[str, Any]]) -> list[str]:
         cells = [form.format(values[s, metric]) if (s, metric) in values else "" for s in subjects]
         if any(cells):
             lines.append(f"{title:<22}" + "".join(f"{c:>12}" for c in cells))
-    clean = [f"{v} {values['model', f'ce_{v}']:.3f}" for v in ("clean", "zero", "mean") if ("model", f"ce_{v}") in values]
+    clean = [
+        f"{v} {values['model', f'ce_{v}']:.3f}"
+        for v in ("clean", "zero", "mean")
+        if ("model", f"ce_{v}") in values
+    ]
     return [*lines, f"cross-entropy of the model, nats: {', '.join(clean)}"] if clean else lines

@@ -70,7 +70,7 @@ def act_histogram(frame: Any, *, theme: str | None = None, height: int = 180) ->
         customdata=np.stack([lo, hi], -1),
         hovertemplate="%{customdata[0]:.2f} to %{customdata[1]:.2f}: %{y:,.0f} tokens<extra></extra>",
     )
-    fig.update_yaxes(type="log", dtick=1, title_text="tokens", exponentformat="power")
+    fig.update_yaxes(type="log", dtick=1, title_text="tokens", tickformat="~s")
     fig.update_xaxes(title_text="activation")
     return fig
 

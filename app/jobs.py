@@ -1,12 +1,13 @@
 """A training job as data: a YAML file is the truth, `a.b=c` overrides change it, and an estimate comes before the run.
 
-    saes:
-      - {preset: topk, d_sae: 4608, k: 32}
-    train: {steps: 1500, batch_size: 2048, lr: 8.0e-4}
+saes:
+  - {preset: topk, d_sae: 4608, k: 32}
+train: {steps: 1500, batch_size: 2048, lr: 8.0e-4}
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for key, value in values.items():
         if isinstance(value, str):
-            try:
+            with suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         out[key] = value
     return out
 
@@ -97,7 +96,7 @@ def estimate(saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes
     # weights + gradient + two moments; two windows of the stream; a batch and its gradients; kernel blocks
     window = 2 * 32 * 6 * 2**20
     batch = 6 * config.batch_size * d_model * 4 + 24 * config.batch_size * max(c.k for c in saes)
-    memory = 16 * parameters + window + batch + 3 * 32 * 2**20 + 4 * largest
+    memory = 16 * parameters + window + batch + 3 * 64 * 2**20 + 4 * largest
     checkpoint = 12 * parameters
     return {
         "parameters": parameters,

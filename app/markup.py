@@ -126,7 +126,9 @@ def _spans(
             style += ";font-weight:600"
         if style:
             tip = html.escape(f"{glyphs(token)}  {signed(float(value), digits)}", quote=True)
-            text = f'<span style="{style}" title="{tip}">{text}</span>'
+            # A visible space is no place to break a line, so one is named.
+            brk = "<wbr>" if text.startswith("␣") else ""
+            text = f'{brk}<span style="{style}" title="{tip}">{text}</span>'
         out.append(text)
     return "".join(out)
 

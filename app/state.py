@@ -66,7 +66,7 @@ def index_metas() -> list[dict[str, Any]]:
     if not root.is_dir():
         return []
     try:
-        return FeatureIndex.list(root)[::-1]
+        return FeatureIndex.find_all(root)[::-1]
     except AtomscopeError as e:
         line(str(e))
         return []

@@ -6,6 +6,7 @@ The result grows while tokens arrive, so that what was generated before Stop sta
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Result:
     baseline_ids: list[int] = field(default_factory=list)
     steered_ids: list[int] = field(default_factory=list)
     effects: Effects | None = None
+    # Set when nothing more will come: after Stop the page may be drawn again before the measures are there.
+    finished: threading.Event = field(default_factory=threading.Event)
 
     def differs_at(self) -> int | None:
         """First generated token at which the two texts part; None where they are the same."""
@@ -64,6 +67,13 @@ class Result:
 
 def run(result: Result, model: Any, sae: Any, unit_norm: float, repaint: Callable[[], None]) -> None:
     """Generate both texts into `result`, calling `repaint` as they grow; then measure."""
+    try:
+        _run(result, model, sae, unit_norm, repaint)
+    finally:
+        result.finished.set()
+
+
+def _run(result: Result, model: Any, sae: Any, unit_norm: float, repaint: Callable[[], None]) -> None:
     from steering import Direction, Edit, generate, measure
 
     r = result.request

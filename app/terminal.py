@@ -34,7 +34,9 @@ def feature_text(index: Any, feature: dict[str, Any], contexts: list[Any]) -> st
         lines.append("")
         for side, word in (("top", "raises"), ("bottom", "lowers")):
             part = logits[logits["side"] == side]
-            words = "  ".join(f"{t.translate(GLYPHS)!r} {v:+.2f}" for t, v in zip(part["token"], part["value"]))
+            words = "  ".join(
+                f"{t.translate(GLYPHS)!r} {v:+.2f}" for t, v in zip(part["token"], part["value"])
+            )
             lines.append(f"{word}: {words}")
     return "\n".join(lines)
 

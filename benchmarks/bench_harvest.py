@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from cache import Corpus, LanguageModel, build_corpus, harvest, load_model
-from cache.harvest import bare_forward_rate
+from cache.harvesting import bare_forward_rate
 
 MODEL = "smollm2-135m-instruct-q4_1"
 TARGET = 0.95

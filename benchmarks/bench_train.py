@@ -118,11 +118,10 @@ def main() -> None:
     x = z @ atoms + torch.randn(BATCH * 8, D_MODEL, generator=gen) * 0.5
     batch = x[:BATCH]
     auto, exact = make_trainer(x, "auto"), make_trainer(x, "off")
-    out = torch.empty(BATCH, D_SAE)
 
     def gemm() -> None:
         w = exact.sae
-        torch.addmm(w.b_enc.detach(), batch, w.W_enc.detach().T, out=out)
+        torch.addmm(w.b_enc.detach(), batch, w.W_enc.detach().T)
 
     print(f"d_model {D_MODEL}, d_sae {D_SAE}, k {K}, batch {BATCH}, {torch.get_num_threads()} threads, "
           f"{DEAD_SHARE:.0%} dead, screening {'on' if auto.screen.enabled else 'off'} after the probe")  # fmt: skip

@@ -5,15 +5,13 @@ Names are imported when first used: reading a store needs neither torch's model 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cache.catalog import connect
     from cache.corpus import Corpus, build_corpus
-    from cache.harvest import harvest
+    from cache.harvesting import harvest
     from cache.models import LanguageModel, load_model
     from cache.store import ActivationStore, Stats
     from cache.stream import Batch
@@ -27,7 +25,7 @@ _EXPORTS = {
     "Stats": "cache.store",
     "build_corpus": "cache.corpus",
     "connect": "cache.catalog",
-    "harvest": "cache.harvest",
+    "harvest": "cache.harvesting",
     "load_model": "cache.models",
     "workspace_path": "cache.workspace",
 }
@@ -46,15 +44,6 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """The import system binds a submodule's name on its package; `harvest` is to stay the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _EXPORTS and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'cache' has no attribute {name!r}; it exports {', '.join(__all__)}")
@@ -65,6 +54,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
-
-
-sys.modules[__name__].__class__ = _Package

@@ -36,6 +36,8 @@ class LanguageModel:
     ) -> None:
         config: Any = hf.config
         self.name, self.backend, self.hf, self.tokenizer = name, backend, hf, tokenizer
+        self.source = name
+        """What `load_model` takes to load it again: a packaged name, an absolute folder or a hub id."""
         self.device, self.dtype = next(hf.parameters()).device, next(hf.parameters()).dtype
         self.d_model = int(config.get_text_config().hidden_size)
         self.n_layers = int(config.get_text_config().num_hidden_layers)
@@ -262,7 +264,18 @@ def load_model(
             use_safetensors=True,
         )
         hf = hf.eval().to(device or default_device())
-        return LanguageModel(label, hf, tokenizer, path, backend=backend, weights_sha=weights_sha)
+        model = LanguageModel(label, hf, tokenizer, path, backend=backend, weights_sha=weights_sha)
+    folder = Path(name).expanduser()
+    model.source = str(folder.resolve()) if folder.is_dir() else str(name)
+    return model
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, workspace: str | os.PathLike[str] | None = None) -> Any:
+    """The tokenizer of a model alone, by the same names as `load_model`."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(_resolve(str(name), workspace), local_files_only=True)
 
 
 def _resolve(name: str, workspace: str | os.PathLike[str] | None) -> Path:

@@ -39,7 +39,9 @@ class Bar:
         self._done = self._first = done
         self._note = ""
         self._start = self._last = time.monotonic()
-        self._task = live.add_task(title, total=total, completed=done, unit=unit, note="") if live else None
+        self._task = (
+            live.add_task(title, total=total, completed=int(done), unit=unit, note="") if live else None
+        )
 
     def advance(self, n: float = 1) -> None:
         self._done += n

@@ -10,7 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("atomscope", "torch", "transformers", "transformer-lens", "nnsight", "pyarrow", "duckdb", "numpy")
+_PACKAGES = (
+    "atomscope",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "nnsight",
+    "pyarrow",
+    "duckdb",
+    "numpy",
+)
 
 
 @functools.cache

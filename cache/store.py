@@ -114,8 +114,12 @@ class ActivationStore:
         corpus: Corpus,
         *,
         rows_per_shard: int | None = None,
+        model_source: str | None = None,
     ) -> ActivationStore:
-        """Open the store of `identity` and `corpus` in the workspace, or make it."""
+        """Open the store of `identity` and `corpus` in the workspace, or make it.
+
+        `model_source` is where to load the model again; it is no part of the identity.
+        """
         identity = {"corpus": corpus.fingerprint} | identity
         digest = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
         path = workspace_path(workspace) / "activations" / digest
@@ -128,6 +132,7 @@ class ActivationStore:
                 "n_rows": int(corpus.n_tokens),
                 "rows_per_shard": rows_per_shard or ROWS_PER_SHARD,
                 "shards": plan,
+                "model_source": model_source,
                 "provenance": provenance(),
             }
             write_json(path / "store.json", meta)
@@ -155,6 +160,20 @@ class ActivationStore:
     def workspace(self) -> Path:
         """The workspace this store is in."""
         return self.path.parents[1]
+
+    @property
+    def model_source(self) -> str:
+        """What `load_model` takes to load the model that filled this store."""
+        return self.meta.get("model_source") or self.identity.get("model", "")
+
+    def check_model(self, model: Any) -> None:
+        """Raise DataError unless `model` has the weights that filled this store."""
+        want, got = self.identity.get("weights_sha256"), model.identity["weights_sha256"]
+        if want is not None and want != got:
+            raise DataError(
+                f"{model.name} has other weights ({got[:12]}) than {self.identity.get('model')} "
+                f"({want[:12]}), which filled store {self.hash}: load that model"
+            )
 
     @property
     def hash(self) -> str:

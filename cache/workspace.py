@@ -121,7 +121,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as e:
         raise MissingDataError(f"{path} does not exist") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} is not valid JSON ({e}): delete it and run the step that wrote it again") from e
+        raise DataError(
+            f"{path} is not valid JSON ({e}): delete it and run the step that wrote it again"
+        ) from e
 
 
 def canonical_json(value: Any) -> str:

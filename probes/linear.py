@@ -37,7 +37,9 @@ class _LinearProbe(ClassifierMixin, BaseEstimator, ABC):
         weights, offset = self._direction(X, (np.asarray(y) == self.classes_[1]).astype(int))
         norm = float(np.linalg.norm(weights))
         if norm == 0:
-            raise ValueError("the two classes have the same mean in every coordinate: there is no direction to find")
+            raise ValueError(
+                "the two classes have the same mean in every coordinate: there is no direction to find"
+            )
         self.direction_ = weights / norm
         self.bias_ = offset / norm
         return self

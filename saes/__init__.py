@@ -25,7 +25,6 @@ __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from saes import presets as presets
-    from saes.splice import attach as attach
     from saes.codes import Codes as Codes
     from saes.config import SAEConfig as SAEConfig
     from saes.config import TrainConfig as TrainConfig
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from saes.indexing import build_index as build_index
     from saes.queries import FeatureIndex as FeatureIndex
     from saes.sae import SAE as SAE
+    from saes.splice import attach as attach
     from saes.training import TrainResult as TrainResult
     from saes.training import train as train
 

@@ -69,5 +69,7 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     saes = []
     for i, counters in enumerate(state["saes"]):
         prefix = f"{i}."
-        saes.append(({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, counters))
+        saes.append(
+            ({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, counters)
+        )
     return Checkpoint(state["step"], state["stream"], saes)

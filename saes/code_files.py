@@ -77,8 +77,10 @@ def read_codes(folder: Path, shards: int) -> Iterator[CodeBlock]:
             out = {name: np.empty(shape, dtype=record[name]) for name in ("ids", "values")}
             for name, array in out.items():
                 reader.read_into(g, name, array)
-                if xxhash.xxh3_64_hexdigest(array) != group["pages"][name]["xxh3"]:
-                    raise DataError(f"{reader.path}: row group {g} is damaged; delete it and run `atomscope index` again")
+                if xxhash.xxh3_64_hexdigest(array.data) != group["pages"][name]["xxh3"]:
+                    raise DataError(
+                        f"{reader.path}: row group {g} is damaged; delete it and run `atomscope index` again"
+                    )
             yield CodeBlock(row, out["ids"], out["values"].astype(np.float32))
             row += group["rows"]
         reader.close()

@@ -30,7 +30,9 @@ class _Config:
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UsageError(f"{cls.__name__} has no field {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+            raise UsageError(
+                f"{cls.__name__} has no field {', '.join(unknown)}: known are {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
 
@@ -86,7 +88,6 @@ class SAEConfig(_Config):
     def aux_width(self) -> int:
         """Dead latents that AuxK may use on a row: `k_aux`, or the power of two nearest d_model / 2."""
         return self.k_aux or 2 ** max(0, round(math.log2(max(self.d_model / 2, 1.0))))
-
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,9 @@ class Evaluation:
         for row in self.rows:
             if row["metric"] == metric and row["subject"] == subject:
                 return row["value"]
-        raise MissingDataError(f"no {metric} of {subject} in this evaluation: it was made without a model or control")
+        raise MissingDataError(
+            f"no {metric} of {subject} in this evaluation: it was made without a model or control"
+        )
 
     def table(self) -> pd.DataFrame:
         """Metrics down, subjects across."""
@@ -71,9 +73,14 @@ def evaluate(
     fit the store, and MissingDataError where the store has no held-out rows.
     """
     hook = check_fit(sae, store)
+    if model is not None:
+        store.check_model(model)
     subjects: list[Any] = [Dictionary(sae, "sae")]
     if controls:
-        subjects += [fit_pca(store, hook, min(sae.cfg.k, sae.cfg.d_model)), random_dictionary(sae, store, hook)]
+        subjects += [
+            fit_pca(store, hook, min(sae.cfg.k, sae.cfg.d_model)),
+            random_dictionary(sae, store, hook),
+        ]
     rows = _reconstruction(subjects, store, hook, max_rows) + _firing(sae, store, hook, max_rows)
     if model is not None:
         rows += _predictions(subjects, store, model, hook, max_tokens)
@@ -101,7 +108,9 @@ def check_fit(sae: SAE, store: Any) -> str:
     """The hook of `store` that this SAE reads. Raises DataError where widths or hooks differ."""
     hook = sae.cfg.hook or (store.hooks[0] if len(store.hooks) == 1 else "")
     if hook not in store.hooks:
-        raise DataError(f"the SAE reads {hook or 'an unnamed hook'}, the store holds {', '.join(store.hooks)}: harvest it")
+        raise DataError(
+            f"the SAE reads {hook or 'an unnamed hook'}, the store holds {', '.join(store.hooks)}: harvest it"
+        )
     if store.d(hook) != sae.cfg.d_model:
         raise DataError(
             f"the SAE has d_model={sae.cfg.d_model}, the store's {hook} has d_model={store.d(hook)}: "
@@ -146,12 +155,12 @@ def heldout_batches(corpus: Any, max_tokens: int) -> Iterator[tuple[Tensor, Tens
     """Held-out contexts, longest first, as padded (tokens int64 `[B, T]`, mask bool `[B, T]`); <= max_tokens tokens."""
     offsets, tokens, split = corpus.seq_offsets, corpus.column("tok"), corpus.column("split")
     chosen, total = [], 0
-    for seq in np.flatnonzero(split[offsets[:-1]] == 1):
+    for seq in np.flatnonzero(split[offsets[:-1]] == 1).tolist():
         length = int(offsets[seq + 1] - offsets[seq])
         # two tokens give no target with a spliced source
         if length < 3 or total + length > max_tokens:
             continue
-        chosen.append(int(seq))
+        chosen.append(seq)
         total += length
     if not chosen:
         raise MissingDataError(
@@ -165,14 +174,16 @@ def heldout_batches(corpus: Any, max_tokens: int) -> Iterator[tuple[Tensor, Tens
         ids = torch.zeros(len(take), width, dtype=torch.int64)
         mask = torch.zeros(len(take), width, dtype=torch.bool)
         for row, seq in enumerate(take):
-            part = tokens[offsets[seq] : offsets[seq + 1]]
-            ids[row, : len(part)] = torch.from_numpy(np.asarray(part, dtype=np.int64))
+            part = torch.from_numpy(tokens[offsets[seq] : offsets[seq + 1]].astype(np.int64))
+            ids[row, : len(part)] = part
             mask[row, : len(part)] = True
         yield ids, mask
 
 
 @torch.inference_mode()
-def _predictions(subjects: list[Any], store: Any, model: Any, hook: str, max_tokens: int) -> list[dict[str, Any]]:
+def _predictions(
+    subjects: list[Any], store: Any, model: Any, hook: str, max_tokens: int
+) -> list[dict[str, Any]]:
     mean = torch.as_tensor(store.stats(hook, split="train", skip="first").mean).float()
     variants: dict[str, Reconstruct | None] = {"clean": None}
     variants |= {s.name: s for s in subjects}
@@ -188,7 +199,9 @@ def _predictions(subjects: list[Any], store: Any, model: Any, hook: str, max_tok
     return _ce_rows(losses, [s.name for s in subjects])
 
 
-def _context_losses(model: Any, ids: Tensor, mask: Tensor, hook: str, fn: Reconstruct | None) -> list[np.ndarray]:
+def _context_losses(
+    model: Any, ids: Tensor, mask: Tensor, hook: str, fn: Reconstruct | None
+) -> list[np.ndarray]:
     """Losses in nats of the scored targets of each context, with `fn` in place of the rows after position 0."""
 
     def splice(x: Tensor) -> Tensor:
@@ -200,20 +213,29 @@ def _context_losses(model: Any, ids: Tensor, mask: Tensor, hook: str, fn: Recons
         logits, _ = model.forward(ids, attention_mask=mask.long())
     # sources 1..T-2 predict targets 2..T-1: the sink's own prediction is not spliced and not scored
     loss = F.cross_entropy(logits[:, 1:-1].float().flatten(0, 1), ids[:, 2:].flatten(), reduction="none")
-    loss = loss.view(len(ids), -1).double().cpu().numpy()
+    rows = loss.view(len(ids), -1).double().cpu().numpy()
     scored = mask[:, 2:].cpu().numpy()
-    return [row[keep] for row, keep in zip(loss, scored, strict=True)]
+    return [row[keep] for row, keep in zip(rows, scored, strict=True)]
 
 
 def _ce_rows(losses: dict[str, list[np.ndarray]], subjects: list[str]) -> list[dict[str, Any]]:
     ce = {name: float(np.concatenate(parts).mean()) for name, parts in losses.items()}
     n = sum(map(len, losses["clean"]))
-    rows = [{"subject": "model", "metric": f"ce_{v}", "value": ce[v], "n": n} for v in ("clean", "zero", "mean")]
+    rows = [
+        {"subject": "model", "metric": f"ce_{v}", "value": ce[v], "n": n} for v in ("clean", "zero", "mean")
+    ]
     for name in subjects:
         low, high = _interval(losses[name], losses["clean"])
         rows += [
             {"subject": name, "metric": "ce", "value": ce[name], "n": n},
-            {"subject": name, "metric": "delta_ce", "value": ce[name] - ce["clean"], "n": n, "ci_low": low, "ci_high": high},
+            {
+                "subject": name,
+                "metric": "delta_ce",
+                "value": ce[name] - ce["clean"],
+                "n": n,
+                "ci_low": low,
+                "ci_high": high,
+            },
         ]
         for base in ("zero", "mean"):
             share = (ce[base] - ce[name]) / (ce[base] - ce["clean"])

@@ -88,7 +88,9 @@ def load_sae(cls: type[S], path: Path, *, device: str | torch.device = "cpu") ->
         )
     unknown = sorted(set(raw) - _KNOWN)
     if unknown:
-        raise DataError(f"{path / CFG} has unknown keys {', '.join(unknown)}: refused, they may change what the SAE computes")
+        raise DataError(
+            f"{path / CFG} has unknown keys {', '.join(unknown)}: refused, they may change what the SAE computes"
+        )
     for key, allowed in _REQUIRED_VALUES.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise DataError(f"{path / CFG} has {key}={raw[key]!r}: this version reads only {allowed[0]!r}")
@@ -130,7 +132,9 @@ def _read_tensors(path: Path, cfg: SAEConfig) -> dict[str, torch.Tensor]:
     except FileNotFoundError as e:
         raise MissingDataError(f"{path} does not exist: the SAE folder is incomplete") from e
     except SafetensorError as e:
-        raise DataError(f"{path} is not a readable safetensors file ({e}): fetch or train the SAE again") from e
+        raise DataError(
+            f"{path} is not a readable safetensors file ({e}): fetch or train the SAE again"
+        ) from e
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise DataError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, {CFG} says {shape}")

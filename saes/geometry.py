@@ -22,7 +22,9 @@ def logit_lens(w_dec: Tensor, model: Any) -> dict[str, np.ndarray] | None:
     """
     if model is None:
         return None
-    parts: dict[str, list[Tensor]] = {k: [] for k in ("logit_top_tok", "logit_top", "logit_bottom_tok", "logit_bottom")}
+    parts: dict[str, list[Tensor]] = {
+        k: [] for k in ("logit_top_tok", "logit_top", "logit_bottom_tok", "logit_bottom")
+    }
     for i in range(0, len(w_dec), BLOCK):
         logits = model.logit_lens(w_dec[i : i + BLOCK].to(model.device)).float()
         logits -= logits.mean(1, keepdim=True)

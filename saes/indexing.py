@@ -46,6 +46,8 @@ def build_index(sae: SAE, store: Any, model: Any = None, *, sae_path: str | Path
     do not fit, MissingDataError where the store is incomplete. An interrupted build goes on at its next shard.
     """
     hook = check_fit(sae, store)
+    if model is not None:
+        store.check_model(model)
     folder = index_path(sae, store)
     if (folder / "current.json").is_file():
         current = read_json(folder / "current.json")
@@ -75,6 +77,7 @@ def _describe(sae: SAE, store: Any, hook: str, model: Any, sae_path: str | Path 
         "corpus_name": store.corpus.meta.get("name", ""),
         "hook": hook,
         "model": identity.get("model", cfg.model),
+        "model_source": store.model_source,
         "activation": cfg.activation,
         "signed": cfg.signed,
         "k": cfg.k,
@@ -96,7 +99,9 @@ def write_all_codes(sae: SAE, store: Any, hook: str, folder: Path) -> None:
                 continue
             ids = np.zeros((row1 - row0, sae.cfg.k), dtype=id_dtype(sae.cfg.d_sae))
             values = np.zeros((row1 - row0, sae.cfg.k), dtype=np.float32)
-            for batch in store.sequential(hook, batch_size=ENCODE_ROWS, split=None, skip="first", start_row=row0):
+            for batch in store.sequential(
+                hook, batch_size=ENCODE_ROWS, split=None, skip="first", start_row=row0
+            ):
                 at = np.asarray(batch.row) - row0
                 inside = int(np.searchsorted(at, row1 - row0))
                 if inside:
@@ -187,7 +192,9 @@ def _insert(con: duckdb.DuckDBPyConnection, table: str, columns: dict[str, Any])
     con.unregister("block")
 
 
-def _add_block(con: duckdb.DuckDBPyConnection, firings: Firings, first: int, last: int, n_tokens: int) -> None:
+def _add_block(
+    con: duckdb.DuckDBPyConnection, firings: Firings, first: int, last: int, n_tokens: int
+) -> None:
     f = sort_block(firings)
     runs = find_runs(f, first, last)
     s = statistics(f, runs)
@@ -215,7 +222,9 @@ def _token_tables(con: duckdb.DuckDBPyConnection, store: Any) -> None:
         "min(a.value) AS min_act, sum(abs(a.value)) AS mass FROM activation a JOIN tok_of t USING (row) "
         "GROUP BY t.tok, a.feature ORDER BY t.tok, mass DESC"
     )
-    con.execute("CREATE TABLE top_token AS SELECT feature, arg_max(tok, mass) AS top_tok FROM token_feature GROUP BY feature")
+    con.execute(
+        "CREATE TABLE top_token AS SELECT feature, arg_max(tok, mass) AS top_tok FROM token_feature GROUP BY feature"
+    )
 
 
 def _geometry_tables(con: duckdb.DuckDBPyConnection, sae: SAE, model: Any) -> None:
@@ -223,7 +232,12 @@ def _geometry_tables(con: duckdb.DuckDBPyConnection, sae: SAE, model: Any) -> No
     ids = np.arange(len(w), dtype=np.int32)
     xy = feature_map(w)
     lens = logit_lens(w, model)
-    columns: dict[str, Any] = {"feature": ids, "dec_norm": w.norm(dim=1).cpu().numpy(), "x": xy[:, 0], "y": xy[:, 1]}
+    columns: dict[str, Any] = {
+        "feature": ids,
+        "dec_norm": w.norm(dim=1).cpu().numpy(),
+        "x": xy[:, 0],
+        "y": xy[:, 1],
+    }
     for name, kind in (
         ("logit_top_tok", pa.int32()), ("logit_top", pa.float32()),
         ("logit_bottom_tok", pa.int32()), ("logit_bottom", pa.float32()),

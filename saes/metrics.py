@@ -1,8 +1,8 @@
 """Reconstruction metrics, accumulated in float64, so that they do not depend on the batch size.
 
-    fvu   = sum ||x - x_hat||^2 / sum ||x - x_mean||^2      x_mean: mean of the rows evaluated; 1 for predicting it
-    l0    = mean number of non-zero activations (z != 0, so signed codes count)
-    cos   = mean cosine of x and x_hat;   norm_ratio = mean ||x_hat|| / ||x||
+fvu   = sum ||x - x_hat||^2 / sum ||x - x_mean||^2      x_mean: mean of the rows evaluated; 1 for predicting it
+l0    = mean number of non-zero activations (z != 0, so signed codes count)
+cos   = mean cosine of x and x_hat;   norm_ratio = mean ||x_hat|| / ||x||
 """
 
 from __future__ import annotations
@@ -78,4 +78,6 @@ class Firing:
         log = np.log10(density[density > 0])
         low = np.floor(np.log10(1 / max(self.rows, 10)))
         counts, edges = np.histogram(log, bins=bins, range=(low, 0.0))
-        return [{"lo": float(a), "hi": float(b), "count": int(c)} for a, b, c in zip(edges, edges[1:], counts)]
+        return [
+            {"lo": float(a), "hi": float(b), "count": int(c)} for a, b, c in zip(edges, edges[1:], counts)
+        ]

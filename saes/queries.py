@@ -59,7 +59,9 @@ class FeatureIndex:
         self.folder, self.workspace = folder, workspace
         self.meta: dict[str, Any] = read_json(folder / "current.json")
         if self.meta.get("schema_version") != 1:
-            raise DataError(f"{folder} has schema version {self.meta.get('schema_version')}, this program reads 1")
+            raise DataError(
+                f"{folder} has schema version {self.meta.get('schema_version')}, this program reads 1"
+            )
         self.sae_id: str = self.meta["sae_id"]
         self.corpus = Corpus.open(workspace / "corpora" / self.meta["corpus"])
         self._base = _connect(folder / self.meta["file"], workspace)
@@ -76,14 +78,16 @@ class FeatureIndex:
         workspace = workspace_path(path, create=False)
         if sae_id is not None and not _NAME.fullmatch(sae_id):
             raise UsageError(f"{sae_id[:80]!r} is not an SAE id: ids are 16 hexadecimal digits")
-        found = [m for m in cls.list(workspace) if sae_id in (None, m["sae_id"], Path(m["folder"]).name)]
+        found = [m for m in cls.find_all(workspace) if sae_id in (None, m["sae_id"], Path(m["folder"]).name)]
         if not found:
             what = f"index of SAE {sae_id}" if sae_id else "feature index"
-            raise MissingDataError(f"no {what} in {workspace}: run `atomscope index SAE STORE`, or `atomscope demo`")
+            raise MissingDataError(
+                f"no {what} in {workspace}: run `atomscope index SAE STORE`, or `atomscope demo`"
+            )
         return cls(Path(found[-1]["folder"]), workspace)
 
     @staticmethod
-    def list(workspace: str | Path | None = None) -> list[dict[str, Any]]:
+    def find_all(workspace: str | Path | None = None) -> list[dict[str, Any]]:
         """`meta` of every finished index of a workspace, oldest first, with its `folder`."""
         root = workspace_path(workspace, create=False)
         metas = [read_json(p) | {"folder": str(p.parent)} for p in root.glob("features/*/current.json")]
@@ -178,7 +182,9 @@ class FeatureIndex:
 
     def random_feature(self, seed: int | None = None) -> int:
         """A feature that fires."""
-        alive = self.frame("SELECT feature FROM idx.feature WHERE n_fire > 0 ORDER BY feature")["feature"].to_numpy()
+        alive = self.frame("SELECT feature FROM idx.feature WHERE n_fire > 0 ORDER BY feature")[
+            "feature"
+        ].to_numpy()
         return int(np.random.default_rng(seed).choice(alive))
 
     # ---- one feature ----
@@ -186,7 +192,9 @@ class FeatureIndex:
     def feature(self, feature: int) -> dict[str, Any]:
         """Everything stored of a feature: counts, density, extremes, decoder norm, map position, label events."""
         self._check(feature)
-        row: dict[str, Any] = self.frame("SELECT * FROM idx.feature WHERE feature = ?", [feature]).iloc[0].to_dict()
+        row: dict[str, Any] = (
+            self.frame("SELECT * FROM idx.feature WHERE feature = ?", [feature]).iloc[0].to_dict()
+        )
         labels = self.labels()
         row["top_token"] = self.token(row["top_tok"])
         row["labels"] = {s: labels[(feature, s)] for s in (1, -1) if (feature, s) in labels}
@@ -195,7 +203,9 @@ class FeatureIndex:
 
     def _check(self, feature: int) -> None:
         if not 0 <= int(feature) < self.meta["d_sae"]:
-            raise MissingDataError(f"no feature {feature}: this SAE has features 0 to {self.meta['d_sae'] - 1}")
+            raise MissingDataError(
+                f"no feature {feature}: this SAE has features 0 to {self.meta['d_sae'] - 1}"
+            )
 
     def examples(
         self,
@@ -265,7 +275,9 @@ class FeatureIndex:
         return range(start, min(int(offsets[seq + 1]), start + max(1, width), row + width))
 
     def _activations(self, feature: int, rows: list[int]) -> dict[int, float]:
-        sql = "SELECT row, value FROM idx.activation WHERE feature = ? AND row IN (SELECT unnest(?::BIGINT[]))"
+        sql = (
+            "SELECT row, value FROM idx.activation WHERE feature = ? AND row IN (SELECT unnest(?::BIGINT[]))"
+        )
         found = self.frame(sql, [feature, rows])
         return dict(zip(found["row"].tolist(), found["value"].tolist(), strict=True))
 
@@ -310,7 +322,9 @@ class FeatureIndex:
 
     def map(self) -> pd.DataFrame:
         """Position of each living feature on the 2-D map (principal components of the decoder): feature, x, y, density."""
-        return self.frame("SELECT feature, x, y, density, max_act FROM idx.feature WHERE n_fire > 0 ORDER BY feature")
+        return self.frame(
+            "SELECT feature, x, y, density, max_act FROM idx.feature WHERE n_fire > 0 ORDER BY feature"
+        )
 
     # ---- words ----
 
@@ -340,8 +354,9 @@ def _connect(file: Path, workspace: Path) -> duckdb.DuckDBPyConnection:
     try:
         con.execute(f"ATTACH '{str(file).replace(chr(39), chr(39) * 2)}' AS idx (READ_ONLY)")
     except duckdb.Error as e:
-        raise DataError(f"{file} is not a readable index ({e}): delete its folder and run `atomscope index` again") from e
-    con.execute("SET enable_progress_bar = false")
+        raise DataError(
+            f"{file} is not a readable index ({e}): delete its folder and run `atomscope index` again"
+        ) from e
     con.execute(f"SET allowed_directories = ['{str(workspace.resolve()).replace(chr(39), chr(39) * 2)}/']")
     con.execute("SET enable_external_access = false")
     con.execute("SET lock_configuration = true")

@@ -33,7 +33,9 @@ class Screen:
         self._calls = 0
         self._scratch = Scratch()
 
-    def __call__(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool
+    ) -> tuple[Tensor, Tensor]:
         n = candidates(k)
         if not self.enabled or n >= w_enc.shape[0]:
             return top_pre_activations(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch)
@@ -44,7 +46,9 @@ class Screen:
             return top_pre_activations(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch)
         return self.select(xc, w_enc, b_enc, k, signed=signed)
 
-    def select(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool) -> tuple[Tensor, Tensor]:
+    def select(
+        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool
+    ) -> tuple[Tensor, Tensor]:
         """Screened selection: values are float32-exact, the set is right unless a latent fell out of the candidates."""
         half = torch.bfloat16
         _, ids = top_pre_activations(
@@ -71,7 +75,11 @@ class Screen:
 
     def load_state(self, state: dict[str, int | bool]) -> None:
         self.enabled = bool(state["enabled"])
-        self.misses, self.audits, self._calls = int(state["misses"]), int(state["audits"]), int(state["calls"])
+        self.misses, self.audits, self._calls = (
+            int(state["misses"]),
+            int(state["audits"]),
+            int(state["calls"]),
+        )
 
 
 def screening_gains(rows: int, d_model: int, d_sae: int, k: int, device: torch.device) -> bool:

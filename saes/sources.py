@@ -108,12 +108,14 @@ class TensorSource:
         self.x = self.x.detach().float()
         finite = torch.isfinite(self.x).all(1)
         if not finite.all():
-            raise DataError(f"row {int((~finite).nonzero()[0])} of the training tensor holds NaN or infinite values")
+            raise DataError(
+                f"row {int((~finite).nonzero()[0])} of the training tensor holds NaN or infinite values"
+            )
         self.d_model = self.x.shape[1]
         digest = hashlib.sha256(self.x.cpu().contiguous().numpy().tobytes()).hexdigest()
         self.provenance = {"store": f"tensor-{digest[:16]}", "hook": "", "model": "", "model_sha": ""}
 
-    def moments(self, cfg: TrainConfig) -> Moments:
+    def moments(self, cfg: TrainConfig) -> Moments:  # noqa: ARG002 (all rows of a tensor are training rows)
         x = self.x.double()
         return Moments(len(x), x.mean(0), x.norm(dim=1).mean().item())
 

@@ -142,9 +142,18 @@ class Trainer:
         out = {n: getattr(self.sae, n).detach() for n in _NAMES}
         for name in _NAMES:
             state = self.optimiser.state.get(getattr(self.sae, name), {})
-            out |= {f"{name}.{key}": torch.as_tensor(state[key]) for key in ("step", "exp_avg", "exp_avg_sq") if state}
+            out |= {
+                f"{name}.{key}": torch.as_tensor(state[key])
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if state
+            }
         dead = self.dead.ids if self.dead is not None else self.last_fired.new_zeros(0)
-        return out | {"last_fired": self.last_fired, "sign_sum": self.sign_sum, "dead": dead, "sums": self._sums}
+        return out | {
+            "last_fired": self.last_fired,
+            "sign_sum": self.sign_sum,
+            "dead": dead,
+            "sums": self._sums,
+        }
 
     def state(self) -> dict[str, Any]:
         return {

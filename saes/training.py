@@ -112,7 +112,11 @@ def load_run(run: Path) -> list[TrainResult] | None:
     record = read_json(run / "run.json")
     if record["status"] != "finished":
         return None
-    rows = [r for part in sorted((run / "metrics").glob("part-*.parquet")) for r in pq.read_table(part).to_pylist()]
+    rows = [
+        r
+        for part in sorted((run / "metrics").glob("part-*.parquet"))
+        for r in pq.read_table(part).to_pylist()
+    ]
     return [
         TrainResult(SAE.load(run / name), run / name, [r for r in rows if r["sae"] == i])
         for i, name in enumerate(record["saes"])
@@ -147,8 +151,14 @@ def _run(
         path = sae.save(run / _folder(i, t.cfg)) if run is not None else None
         results.append(TrainResult(sae, path, [r for r in log.rows if r["sae"] == i]))
     if run is not None:
-        wall = record | {"status": "finished", "step": config.steps, "provenance": provenance(started=started)}
-        write_json(run / "run.json", wall | {"device": str(device), "screen": [t.screen.state() for t in trainers]})
+        wall = record | {
+            "status": "finished",
+            "step": config.steps,
+            "provenance": provenance(started=started),
+        }
+        write_json(
+            run / "run.json", wall | {"device": str(device), "screen": [t.screen.state() for t in trainers]}
+        )
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return results
 
@@ -175,9 +185,12 @@ def _loop(
     """The training loop: every SAE takes the same batch; metrics, checkpoints and interrupts hang on its outside."""
     saved, start = time.monotonic(), time.monotonic()
     batches = iter(stream)
-    with _stop_signals() as stop, progress(
-        "train", config.steps * config.batch_size, unit="tok", done=first * config.batch_size
-    ) as bar:
+    with (
+        _stop_signals() as stop,
+        progress(
+            "train", config.steps * config.batch_size, unit="tok", done=first * config.batch_size
+        ) as bar,
+    ):
         for step in range(first, config.steps):
             x = next(batches)
             for t in trainers:
@@ -198,7 +211,13 @@ def _loop(
 
 
 def _log(
-    trainers: list[Trainer], config: TrainConfig, step: int, rate: float, log: _Metrics, bar: Bar, run: Path | None
+    trainers: list[Trainer],
+    config: TrainConfig,
+    step: int,
+    rate: float,
+    log: _Metrics,
+    bar: Bar,
+    run: Path | None,
 ) -> None:
     for i, t in enumerate(trainers):
         row = t.metrics()
@@ -209,7 +228,10 @@ def _log(
                 f"(now {config.peak_lr(t.cfg.d_sae):.2g}); last good state: {_last_good(run)}"
             )
         lr = config.lr_at(step, t.cfg.d_sae)
-        log.add({"sae": i, "step": step + 1, "tokens": (step + 1) * config.batch_size, "lr": lr, "rate": rate} | row)
+        log.add(
+            {"sae": i, "step": step + 1, "tokens": (step + 1) * config.batch_size, "lr": lr, "rate": rate}
+            | row
+        )
     bar.note("  ".join(f"fvu {r['fvu']:.3f} dead {r['n_dead']:.0f}" for r in log.rows[-len(trainers) :]))
 
 

@@ -58,7 +58,9 @@ def views(workspace: Path) -> list[str]:
         *attach,
         create_view("runs", values_sql(_RUNS, _runs(workspace))),
         create_view("metrics", _metrics_sql(workspace)),
-        create_view("evaluations", _parquet_sql(sorted(workspace.glob("evaluations/*.parquet")), _EVALUATIONS)),
+        create_view(
+            "evaluations", _parquet_sql(sorted(workspace.glob("evaluations/*.parquet")), _EVALUATIONS)
+        ),
         create_view("labels", values_sql(_LABELS, list(current_labels(workspace).values()))),
         create_view("features", _index_sql("feature", _FEATURES, metas)),
         create_view("feature_examples", _index_sql("feature_example", _EXAMPLES, metas)),
@@ -98,7 +100,9 @@ def _metrics_sql(workspace: Path) -> str:
         if files:
             names = ", ".join(c for c in _METRICS if c != "run")
             listed = ", ".join(literal(f) for f in files)
-            parts.append(f"SELECT {literal(run.name)} AS run, {names} FROM read_parquet([{listed}], union_by_name = true)")
+            parts.append(
+                f"SELECT {literal(run.name)} AS run, {names} FROM read_parquet([{listed}], union_by_name = true)"
+            )
     return " UNION ALL ".join(parts) if parts else _empty(_METRICS)
 
 

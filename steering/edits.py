@@ -85,10 +85,10 @@ def feature_code(sae: Any, x: Tensor, feature: int) -> Tensor:
     """
     # An SAE keeps scratch buffers, which must be neither made nor written inside inference mode only.
     with torch.inference_mode(False), torch.no_grad():
-        codes = sae.encode(x)
+        codes = sae.encode(x.to(sae.W_enc.device))
     values = codes.values.reshape(-1)
     hit = torch.where(codes.indices.reshape(-1) == feature, values, torch.zeros_like(values))
-    return hit.new_zeros(codes.n_rows).index_add_(0, codes.rows(), hit)
+    return hit.new_zeros(codes.n_rows).index_add_(0, codes.rows(), hit).to(x.device)
 
 
 def position_mask(where: Where, positions: Tensor, prompt_length: int) -> Tensor:

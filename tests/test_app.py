@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -14,7 +14,9 @@ from streamlit.testing.v1 import AppTest
 from app import serve
 from cache.errors import UsageError
 from saes.labels import label_events
-from tests.workspaces import HOSTILE_TOKENS, TinyWorkspace
+
+if TYPE_CHECKING:
+    from tests.workspaces import TinyWorkspace
 
 pytest_plugins = ("tests.workspaces",)
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +121,7 @@ def test_no_token_or_label_is_sent_as_markup(tiny_workspace, monkeypatch) -> Non
     for sae in tiny_workspace.sae_ids.values():
         for kind in ("Top", "Quantiles", "Random"):
             page = words(open_page("features", tiny_workspace.path, monkeypatch, sae=sae, kind=kind))
-            assert not any(t in page for t in HOSTILE_TOKENS if "<" in t or ord(t[0]) > 255)
+            assert not any(t in page for t in tiny_workspace.hostile if "<" in t or ord(t[0]) > 255)
             assert "&lt;script&gt;" in page or "&lt;img" in page, "the hostile tokens are there, as text"
 
 
@@ -127,7 +129,7 @@ def test_text_from_data_never_goes_through_markdown(tiny_workspace, monkeypatch)
     for page in PAGES:
         at = open_page(page, tiny_workspace.path, monkeypatch)
         for element in [*at.markdown, *at.caption, *at.error, *at.warning]:
-            assert not any(t in element.value for t in HOSTILE_TOKENS)
+            assert not any(t in element.value for t in tiny_workspace.hostile)
 
 
 def test_token_search_and_density_filter_narrow_the_list(tiny_workspace, monkeypatch) -> None:
@@ -135,9 +137,9 @@ def test_token_search_and_density_filter_narrow_the_list(tiny_workspace, monkeyp
     page = words(at)
     assert "that fire on ␣rain" in page and "96 of 96" not in page
     at = open_page("features", tiny_workspace.path, monkeypatch, dens="-6")
-    at.slider(key="dens").set_value((-1.0, 0.0)).run()
+    at.slider(key="dens").set_value((-1.5, 0.0)).run()
     shown = at.dataframe[0].value["density"]
-    assert len(shown) and (shown >= 10).all()
+    assert len(shown) and (shown >= 100 * 10**-1.5).all()
     at = open_page("features", tiny_workspace.path, monkeypatch, q="no label has this")
     assert "Nothing matches" in words(at)
 
@@ -220,7 +222,7 @@ def test_other_weights_than_the_trained_ones_are_refused(tiny_workspace, tiny_di
 
 def test_inspector_shows_features_of_a_text(tiny_workspace, monkeypatch) -> None:
     at = load(open_page("inspect", tiny_workspace.path, monkeypatch), tiny_workspace)
-    at.text_area(key="prompt").set_value(f"The cat waited {HOSTILE_TOKENS[0]} in the garden.")
+    at.text_area(key="prompt").set_value(f"The cat waited {tiny_workspace.hostile[0]} in the garden.")
     at = checked(button(at, "Run").click().run())
     page = words(at)
     assert "Unexplained share of each token" in page and "&lt;script&gt;" in page and "<script>" not in page

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from app.serve import Server, start
-from tests.workspaces import HOSTILE_TOKENS
 
 pytest_plugins = ("tests.workspaces",)
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -103,7 +102,7 @@ def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None
     w = watched
     page = w.open(f"features?sae={tiny_workspace.topk}&fid=14&sort=by%20id")
     expect(page.get_by_label("Feature id")).to_have_value("14")
-    expect(page.get_by_text(HOSTILE_TOKENS[0]).first).to_be_visible()
+    expect(page.get_by_text(tiny_workspace.hostile[0]).first).to_be_visible()
     second_row = {"x": 16, "y": 86}
     w.settled().get_by_test_id("stDataFrame").first.locator(".dvn-scroller").click(position=second_row)
     expect(page.get_by_label("Feature id")).to_have_value("1")
@@ -115,7 +114,7 @@ def test_from_features_to_inspector_to_steering(watched, tiny_workspace) -> None
     w.settled().get_by_label("Model", exact=True).fill(str(tiny_workspace.model_dir))
     page.get_by_role("button", name="Load the model").click()
     page.get_by_label("Text", exact=True).fill(
-        f"The cat {HOSTILE_TOKENS[0]} waited{HOSTILE_TOKENS[1]} in the garden."
+        f"The cat {tiny_workspace.hostile[0]} waited{tiny_workspace.hostile[1]} in the garden."
     )
     page.get_by_role("button", name="Run", exact=True).click()
     token = page.get_by_role("button", name="waited, activation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,9 @@ def test_fvu_agrees_with_sae_lens_explained_variance() -> None:
 
 
 def test_l0_and_density_count_negative_activations_and_not_selected_zeros() -> None:
-    codes = Codes(torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([[0, 1, 2], [0, 1, 2]]).int())
+    codes = Codes(
+        torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([[0, 1, 2], [0, 1, 2]]).int()
+    )
     r, f = Reconstruction(2), Firing(4)
     r.add(torch.randn(2, 2), torch.randn(2, 2), codes)
     f.add(codes)
@@ -154,13 +157,16 @@ def test_edited_codes_change_the_residual_by_exactly_the_decoder_rows(tiny_model
 def test_attach_refuses_a_wrong_hook_and_a_wrong_width(tiny_model) -> None:
     with pytest.raises(DataError, match="d_model"), attach(tiny_model, {TINY_HOOK: zero_sae(5, TINY_HOOK)}):
         pass
-    with pytest.raises(Exception, match="blocks"), attach(tiny_model, {"blocks.9.hook_nothing": zero_sae(5, "")}):
+    with (
+        pytest.raises(Exception, match="blocks"),
+        attach(tiny_model, {"blocks.9.hook_nothing": zero_sae(5, "")}),
+    ):
         pass
 
 
 def test_sae_and_store_of_different_width_are_one_clear_line(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [20] * 8, d=8)
-    with pytest.raises(DataError, match="d_model=5.*d_model=8"):
+    with pytest.raises(DataError, match=r"d_model=5.*d_model=8"):
         evaluate(zero_sae(5, HOOK), store)
 
 
@@ -183,6 +189,6 @@ def test_held_out_batches_hold_every_chosen_token_once(tmp_path: Path) -> None:
     got = [ids[mask].tolist() for ids, mask in heldout_batches(corpus, 1000)]
     split, offsets, tok = corpus.column("split"), corpus.seq_offsets, corpus.column("tok")
     want = [tok[offsets[s] : offsets[s + 1]].tolist() for s in range(corpus.n_seqs) if split[offsets[s]] == 1]
-    assert sorted(sum(got, [])) == sorted(sum((w for w in want if len(w) > 2), []))
+    assert sorted(chain(*got)) == sorted(chain(*(w for w in want if len(w) > 2)))
     with pytest.raises(MissingDataError, match="max_tokens"):
         next(heldout_batches(corpus, 2))

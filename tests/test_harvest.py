@@ -20,7 +20,7 @@ from torch import Tensor
 import cache.writer
 from cache import ActivationStore, Corpus, LanguageModel, build_corpus, harvest, load_model
 from cache.errors import AtomscopeError, DataError, MissingDataError, UsageError
-from cache.harvest import bare_forward_rate, plan_batches
+from cache.harvesting import bare_forward_rate, plan_batches
 from tests.tiny import SENTENCES
 
 POST = "blocks.1.hook_resid_post"

@@ -65,7 +65,7 @@ def test_counts_extremes_and_density_equal_brute_force(indexed) -> None:
 
 
 def test_top_contexts_of_each_sign_are_the_largest_in_order(indexed) -> None:
-    index, dense, store, _ = indexed
+    index, dense, _, _ = indexed
     for f in range(F):
         for sign in (1, -1):
             col = dense[:, f] * sign
@@ -144,7 +144,9 @@ def test_lists_filter_sort_and_page(indexed) -> None:
     assert index.list_features("7", mode="id", alive=False)[0]["feature"].tolist() == [7]
 
 
-@pytest.mark.parametrize("hostile", ["'; DROP TABLE idx.feature; --", "%", "\\", '"', "\x00", "<script>", "９" * 50])
+@pytest.mark.parametrize(
+    "hostile", ["'; DROP TABLE idx.feature; --", "%", "\\", '"', "\x00", "<script>", "９" * 50]
+)
 def test_hostile_search_text_finds_nothing_and_breaks_nothing(indexed, hostile: str) -> None:
     index = indexed[0]
     for mode in ("label", "token", "id"):
@@ -173,7 +175,9 @@ def test_the_connection_cannot_read_outside_the_workspace(indexed, tmp_path: Pat
         indexed[0].frame("DROP TABLE idx.feature")
 
 
-def test_a_killed_build_goes_on_at_its_next_shard_and_an_old_index_stays_readable(tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_build_goes_on_at_its_next_shard_and_an_old_index_stays_readable(
+    tmp_path: Path, monkeypatch
+) -> None:
     store, _ = make_store(tmp_path, LENGTHS, d=D)
     sae, real, written = make_sae(), indexing.write_codes, []
 
@@ -188,7 +192,9 @@ def test_a_killed_build_goes_on_at_its_next_shard_and_an_old_index_stays_readabl
         build_index(sae, store)
     with pytest.raises(MissingDataError):
         FeatureIndex.open(tmp_path)
-    monkeypatch.setattr(indexing, "write_codes", lambda folder, shard, *r: (written.append(shard), real(folder, shard, *r)))
+    monkeypatch.setattr(
+        indexing, "write_codes", lambda folder, shard, *r: (written.append(shard), real(folder, shard, *r))
+    )
     folder = build_index(sae, store)
     assert sorted(written) == list(range(len(store.shards)))
     assert read_json(folder / "current.json")["file"] == "features-1.duckdb"
@@ -219,13 +225,18 @@ def test_small_blocks_give_the_same_index(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(indexing, "BLOCK_FIRINGS", 40)
     build_index(make_sae(), other)
     a, b = FeatureIndex.open(tmp_path / "a"), FeatureIndex.open(tmp_path / "b")
-    for sql in ("SELECT * FROM idx.activation", "SELECT feature, n_fire, density, max_act, top_tok FROM idx.feature"):
+    for sql in (
+        "SELECT * FROM idx.activation",
+        "SELECT feature, n_fire, density, max_act, top_tok FROM idx.feature",
+    ):
         assert a.frame(sql).equals(b.frame(sql))
 
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 9), st.floats(-100, 100, width=16).filter(lambda v: v != 0)), min_size=1, max_size=200
+        st.tuples(st.integers(0, 9), st.floats(-100, 100, width=16).filter(lambda v: v != 0)),
+        min_size=1,
+        max_size=200,
     )
 )
 @settings(max_examples=60, deadline=None)
@@ -249,7 +260,7 @@ def test_any_firings_are_ranked_and_every_example_belongs_to_its_feature(pairs) 
 
 
 def test_views_answer_in_sql(indexed) -> None:
-    index, dense, store, _ = indexed
+    index, dense, _, _ = indexed
     con = connect(index.workspace)
     n = con.execute("SELECT sum(n_fire) FROM features").fetchone()[0]
     assert n == (dense != 0).sum()

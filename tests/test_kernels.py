@@ -30,7 +30,9 @@ def _dense(x: Tensor, we: Tensor, be: Tensor, wd: Tensor, bd: Tensor, signed: bo
     e_hat = None
     if dead is not None:
         ud = u[:, dead.ids]
-        kd = torch.zeros_like(ud).scatter(1, (ud.abs() if signed else ud).topk(dead.k_aux, dim=1).indices, 1.0)
+        kd = torch.zeros_like(ud).scatter(
+            1, (ud.abs() if signed else ud).topk(dead.k_aux, dim=1).indices, 1.0
+        )
         e_hat = (ud * kd) @ wd[dead.ids]
     return x_hat, z, e_hat
 
@@ -49,7 +51,9 @@ def _loss(term: str, x: Tensor, x_hat: Tensor, z: Tensor, e_hat: Tensor | None) 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("term", ["mse", "auxk", "sparsity", "all"])
 @pytest.mark.parametrize("fallback", [False, True])
-def test_gradient_of_each_term_equals_dense_autograd(term: str, signed: bool, fallback: bool, monkeypatch) -> None:
+def test_gradient_of_each_term_equals_dense_autograd(
+    term: str, signed: bool, fallback: bool, monkeypatch
+) -> None:
     if fallback:
         monkeypatch.setattr(kernels, "row_dots", kernels._row_dots_by_gather)
     dead = Dead(torch.tensor([1, 4, 6, 17, 30, 31]), 3)
@@ -125,7 +129,9 @@ def test_screening_keeps_the_float32_values_and_audits(signed: bool) -> None:
     u = x @ w.T + b
     torch.testing.assert_close(values, u.gather(1, ids), rtol=1e-5, atol=1e-5)
     want = (u.abs() if signed else u).topk(8, dim=1).values.sort(1).values
-    torch.testing.assert_close((values.abs() if signed else values).sort(1).values, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        (values.abs() if signed else values).sort(1).values, want, rtol=1e-5, atol=1e-5
+    )
     assert screen.audits == 1 and screen.misses == 0
 
 

@@ -17,7 +17,9 @@ D, F, K = 16, 48, 4
 
 def make_sae(activation: str = "topk", seed: int = 0, **other) -> SAE:
     gen = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(d_sae=F, k=K, activation=activation, d_model=D, hook="blocks.1.hook_resid_post", **other))
+    sae = SAE(
+        SAEConfig(d_sae=F, k=K, activation=activation, d_model=D, hook="blocks.1.hook_resid_post", **other)
+    )
     with torch.no_grad():
         for p in sae.parameters():
             p.copy_(torch.randn(p.shape, generator=gen))
@@ -36,7 +38,9 @@ def test_saved_sae_loads_bit_equal_with_the_same_id(activation: str, tmp_path: P
 
 
 @pytest.mark.parametrize("activation", ["topk", "abs_topk"])
-def test_sae_lens_loads_our_folder_with_equal_codes_and_reconstruction(activation: str, tmp_path: Path) -> None:
+def test_sae_lens_loads_our_folder_with_equal_codes_and_reconstruction(
+    activation: str, tmp_path: Path
+) -> None:
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
     sae = make_sae(activation)
     theirs = sae_lens.SAE.load_from_disk(str(sae.save(tmp_path / "sae")))
@@ -70,7 +74,9 @@ def test_an_sae_that_sae_lens_wrote_loads_here(tmp_path: Path) -> None:
         ({"rescale_acts_by_decoder_norm": True}, "not unit"),
     ],
 )
-def test_a_folder_that_would_compute_something_else_is_refused(change: dict, words: str, tmp_path: Path) -> None:
+def test_a_folder_that_would_compute_something_else_is_refused(
+    change: dict, words: str, tmp_path: Path
+) -> None:
     sae = make_sae()
     with torch.no_grad():
         sae.W_dec *= 2

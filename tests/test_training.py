@@ -77,7 +77,13 @@ def test_dead_latents_are_revived_by_auxk() -> None:
 
     def dead_after(auxk: float) -> int:
         config = TrainConfig(
-            steps=400, batch_size=256, lr=1e-2, warmup_steps=5, dead_window_tokens=2560, dead_refresh_steps=10, screen="off"
+            steps=400,
+            batch_size=256,
+            lr=1e-2,
+            warmup_steps=5,
+            dead_window_tokens=2560,
+            dead_refresh_steps=10,
+            screen="off",
         )
         source = TensorSource(x)
         t = Trainer(SAEConfig(d_sae=128, k=3, auxk=auxk, d_model=32), config, source.moments(config), CPU)
@@ -96,8 +102,12 @@ def test_dead_latents_are_revived_by_auxk() -> None:
 
 def test_a_silent_latent_is_dead_and_a_selected_zero_is_not_a_firing() -> None:
     x, _ = planted(512)
-    config = TrainConfig(steps=100, batch_size=256, dead_window_tokens=300, dead_refresh_steps=1, screen="off")
-    t = Trainer(SAEConfig(d_sae=40, k=3, auxk=1 / 32, d_model=32), config, TensorSource(x).moments(config), CPU)
+    config = TrainConfig(
+        steps=100, batch_size=256, dead_window_tokens=300, dead_refresh_steps=1, screen="off"
+    )
+    t = Trainer(
+        SAEConfig(d_sae=40, k=3, auxk=1 / 32, d_model=32), config, TensorSource(x).moments(config), CPU
+    )
     t.start(x)
     with torch.no_grad():
         t.sae.b_enc -= 1e4
@@ -161,7 +171,9 @@ train(store, [presets.topk(d_sae=48, k=3)], config)
 def test_kill_9_during_training_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [40] * 20)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", _KILLED, str(store.path)], env=env, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(store.path)], env=env, stderr=subprocess.DEVNULL
+    )
     try:
         while not list(tmp_path.glob("saes/*/checkpoints/step-*/state.json")):
             assert child.poll() is None, "the run ended before its first checkpoint"
@@ -187,7 +199,9 @@ def test_a_checkpoint_is_dropped_whole_or_kept_whole(tmp_path: Path) -> None:
 def test_nan_stops_the_run_and_names_step_and_sae() -> None:
     x, _ = planted(1000)
     with pytest.raises(DataError, match=r"step \d+ of SAE topk-64-k3.*lower lr"):
-        train(x, [topk(d_sae=64, k=3)], TrainConfig(steps=60, batch_size=64, lr=1e30, log_every=5, grad_clip=0))
+        train(
+            x, [topk(d_sae=64, k=3)], TrainConfig(steps=60, batch_size=64, lr=1e30, log_every=5, grad_clip=0)
+        )
 
 
 def test_nan_in_training_rows_is_refused_with_the_row() -> None:
@@ -232,7 +246,9 @@ def test_a_few_attention_sinks_do_not_set_the_units_of_the_run() -> None:
 
     def normaliser(rows: torch.Tensor) -> float:
         config = TrainConfig(steps=1, screen="off")
-        t = Trainer(SAEConfig(d_sae=64, k=3, d_model=32, space="raw"), config, TensorSource(rows).moments(config), CPU)
+        t = Trainer(
+            SAEConfig(d_sae=64, k=3, d_model=32, space="raw"), config, TensorSource(rows).moments(config), CPU
+        )
         t.start(rows)
         return t.variance
 

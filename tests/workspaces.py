@@ -6,10 +6,8 @@ vocabulary and in a label. `HOSTILE_HOST` is where they would send a request to.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,6 +33,7 @@ class TinyWorkspace:
     path: Path
     model_dir: Path
     sae_ids: dict[str, str]  # activation -> sae_id
+    hostile: tuple[str, ...] = HOSTILE_TOKENS
 
     @property
     def topk(self) -> str:
@@ -107,8 +106,3 @@ def _alive(path: Path, sae_id: str) -> int:
 def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> TinyWorkspace:
     """Built once a session; tests that write labels add events and take nothing away."""
     return build_tiny_workspace(tmp_path_factory.mktemp("tiny-workspace"))
-
-
-def query(**parameters: Any) -> dict[str, str]:
-    """Query parameters as text."""
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in parameters.items()}

@@ -18,6 +18,7 @@ from saes.labels import add_label, label_events
 from saes.queries import Example, FeatureIndex
 
 PAGE_SIZE = 50
+CONTEXTS = 12
 MODES = {"Label": "label", "Token": "token", "Id": "id"}
 HINTS = {"Label": "words of a label", "Token": "a token it fires on, e.g. calendar", "Id": "a number"}
 SORTS = {"by density": "density", "by activation": "max_act", "by id": "feature"}
@@ -200,7 +201,7 @@ def activations(index: FeatureIndex, feature: int, sign: int) -> None:
             bind="query-params", label_visibility="collapsed",
         )  # fmt: skip
     examples: Sequence[Example] = index.examples(
-        feature, kind=KINDS[kind or "Top"], sign=sign, n=20, width=WIDTHS[width or "30"]
+        feature, kind=KINDS[kind or "Top"], sign=sign, n=CONTEXTS, width=WIDTHS[width or "30"]
     )
     f = index.feature(feature)
     if not examples:
@@ -327,6 +328,22 @@ def detail(index: FeatureIndex, feature: int) -> None:
         labels(index, feature, sign)
 
 
+def densities(index: FeatureIndex, feature: int | None) -> None:
+    """How often all features fire, with a line at the one that is shown."""
+    frame = index.frame("SELECT feature, density FROM idx.feature")
+    values = frame["density"].to_numpy()
+    mark = None if feature is None else float(values[frame["feature"].to_numpy() == feature][0])
+    never = f"{int((values == 0).sum()):,} never did"
+    state.muted(f"How often features fire; {never}" + ("" if not mark else "; the line is the one shown"))
+    st.plotly_chart(
+        figures.density_histogram(values, marker=mark, theme=state.theme_name()),
+        theme=None,
+        key="densities",
+        config={"displayModeBar": False},
+        alt="Histogram of feature densities",
+    )
+
+
 def page() -> None:
     index = state.current_index()
     if index is None:
@@ -334,16 +351,12 @@ def page() -> None:
     left, right = st.columns([0.36, 0.64], gap="medium")
     with left:
         first = feature_list(index)
-        densities = index.frame("SELECT density FROM idx.feature")["density"].to_numpy()
-        state.muted(f"How often features fire; {int((densities == 0).sum()):,} never did")
-        st.plotly_chart(
-            figures.density_histogram(densities, theme=state.theme_name()),
-            theme=None, key="densities", config={"displayModeBar": False}, alt="Histogram of feature densities",
-        )  # fmt: skip
     with right:
         feature = header(index, first)
         if feature is not None:
             detail(index, feature)
+    with left:
+        densities(index, feature)
 
 
 page()

@@ -104,6 +104,7 @@ def feature_table(index: FeatureIndex, found: Inspection, token: int) -> int | N
         pd.DataFrame(shown), key="fired", hide_index=True, on_select=paint, selection_mode="single-row",
         height=min(36 * (len(shown) + 1), 420), alt="Features that fire",
         column_config={
+            "label": st.column_config.TextColumn("label", width="medium"),
             "feature": st.column_config.NumberColumn("id", width=64, format="%d"),
             "value": st.column_config.NumberColumn("activation", width=84, format="%.2f"),
             "token": st.column_config.TextColumn("on token", width=90),
@@ -129,7 +130,12 @@ def result(index: FeatureIndex, found: Inspection) -> None:
             values, feature = painted(index, found, text, first)
         scale = float(np.abs(values).max(initial=0)) or 1.0
         picked = clickable_strip(
-            found.tokens, values, key="strip", scale=scale, chosen=token, on_change=show_token
+            found.tokens,
+            values,
+            key="strip",
+            scale=scale,
+            chosen=-1 if chosen is None else token,
+            on_change=show_token,
         )
         if picked is not None and picked != chosen:
             st.session_state["token"] = picked

@@ -22,6 +22,7 @@ EXPLAIN = {
 }
 WHERE = {"Everywhere": "all", "Prompt": "prompt", "Generated": "generated"}
 LIMIT = 2.0
+MEASURE_SECONDS = 60.0
 
 
 def feature_choice(index: FeatureIndex) -> tuple[int | None, int]:
@@ -173,6 +174,9 @@ def page() -> None:
             with problem:
                 state.line(str(e))
     kept = st.session_state.get("steered")
+    if kept is not None and not kept.finished.is_set():
+        with middle, st.spinner("Measuring what was generated"):
+            kept.finished.wait(MEASURE_SECONDS)
     if kept is not None and kept.sae_id == index.meta["sae_id"] and kept.baseline_ids:
         texts(kept, panes)
         with middle:

@@ -95,7 +95,9 @@ def harvest(
         "context": corpus.context,
         "prepend_bos": bool(corpus.meta["prepend_bos"]),
     }
-    store = ActivationStore.create(workspace, identity, corpus, rows_per_shard=rows_per_shard)
+    store = ActivationStore.create(
+        workspace, identity, corpus, rows_per_shard=rows_per_shard, model_source=model.source
+    )
     dtypes = _known_dtypes(store, wanted, dtype)
     missing = {h: set(range(len(store.shards))) - store.committed(h) for h in wanted}
     todo = [s for s in range(len(store.shards)) if any(s in missing[h] for h in wanted)]
