@@ -191,7 +191,7 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
 
 
 SHOWN = (
-    ("fvu", "held-out FVU", "{:.4f}"), ("l0", "L0", "{:.1f}"), ("delta_ce", "delta CE, nats", "{:.3f}"),
+    ("fvu", "held-out FVU", "{:.4f}"), ("l0", "L0", "{:.1f}"), ("fvu_usual", "... without sinks", "{:.4f}"), ("delta_ce", "delta CE, nats", "{:.3f}"),
     ("ce_recovered_zero", "CE recovered (zero)", "{:.3f}"), ("ce_recovered_mean", "CE recovered (mean)", "{:.3f}"),
     ("cos", "cosine", "{:.3f}"), ("alive", "alive latents", "{:.3f}"), ("dense", "dense latents", "{:.3f}"),
 )  # fmt: skip

@@ -28,6 +28,9 @@ from app.markup import (
     token_strip,
 )
 
+MAX_POINTS = 25_000
+"""Points of a map: more than this slows the browser down."""
+
 __all__ = [
     "HTML",
     "Meter",
@@ -35,6 +38,7 @@ __all__ = [
     "density_histogram",
     "examples_panel",
     "feature_bars",
+    "feature_map",
     "glyphs",
     "logit_table",
     "meters",
@@ -102,6 +106,47 @@ def density_histogram(
         fig.add_vline(x=float(np.log10(marker)), line={"color": f"rgb{_theme.POSITIVE}", "width": 2})
     fig.update_xaxes(title_text="share of tokens, log10", range=[-6.2, 0.05])
     fig.update_yaxes(title_text="features", nticks=4)
+    return fig
+
+
+def feature_map(
+    frame: Any, *, marker: int | None = None, theme: str | None = None, height: int = 300
+) -> go.Figure:
+    """Features on the plane: columns feature, x, y, density. Colour is log10 density; a ring marks `marker`."""
+    part = frame.head(MAX_POINTS)
+    fig = _figure(theme, height, len(part), "features")
+    fig.update_layout(meta={"n": len(part), "of": len(frame), "unit": "features"}, dragmode="select")
+    p = _theme.palette(theme)
+    fig.add_scattergl(
+        x=part["x"],
+        y=part["y"],
+        mode="markers",
+        marker={
+            "size": 4,
+            "color": np.log10(np.maximum(part["density"].to_numpy(dtype=float), 1e-9)),
+            "colorscale": [[0, p.line], [0.5, p.accent], [1, p.accent]],
+        },
+        text=[
+            f"feature {f}, {number(100 * d)} % of tokens" for f, d in zip(part["feature"], part["density"])
+        ],
+        hovertemplate="%{text}<extra></extra>",
+    )
+    here = part[part["feature"] == marker]
+    if len(here):
+        fig.add_scattergl(
+            x=here["x"],
+            y=here["y"],
+            mode="markers",
+            hoverinfo="skip",
+            marker={
+                "size": 13,
+                "color": "rgba(0,0,0,0)",
+                "line": {"width": 2, "color": f"rgb{_theme.POSITIVE}"},
+            },
+        )
+    fig.update_layout(showlegend=False)
+    fig.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
+    fig.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
     return fig
 
 

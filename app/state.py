@@ -191,6 +191,11 @@ def load(meta: dict[str, Any], source: str) -> None:
 
 
 def model_of(meta: dict[str, Any]) -> Any:
+    """The loaded model. One model is kept, so another window may have put its own in its place."""
+    if not loaded(meta):
+        raise MissingDataError(
+            f"{meta['model']} was replaced in another window: open this page again and load it"
+        )
     return _models()[meta["model"]]
 
 
@@ -239,7 +244,7 @@ def model_button(meta: dict[str, Any]) -> bool:
         return True
     source = st.text_input(
         "Model",
-        value=meta["model"],
+        value=meta.get("model_source") or meta["model"],
         key="model_source",
         max_chars=300,
         help="Packaged name, local folder or hub id",

@@ -28,7 +28,7 @@ from cache.errors import DataError, MissingDataError
 from cache.progress import progress
 from cache.workspace import atomic_file
 from saes.controls import Dictionary, fit_pca, random_dictionary
-from saes.metrics import Firing, Reconstruction
+from saes.metrics import SINK_RATIO, Firing, Reconstruction
 from saes.sae import SAE
 
 BATCH_ROWS = 4096
@@ -122,18 +122,23 @@ def check_fit(sae: SAE, store: Any) -> str:
 
 def _reconstruction(subjects: list[Any], store: Any, hook: str, max_rows: int) -> list[dict[str, Any]]:
     sums = [Reconstruction(store.d(hook)) for _ in subjects]
+    usual = [Reconstruction(store.d(hook)) for _ in subjects]
+    limit = SINK_RATIO * store.stats(hook, split="train", skip="first").mean_norm
     for batch in store.sequential(hook, batch_size=BATCH_ROWS, split="heldout", skip="first"):
         x = batch.x[hook]
-        for subject, s in zip(subjects, sums, strict=True):
-            s.add(x, *subject(x))
+        keep = x.norm(dim=1) <= limit
+        for subject, s, u in zip(subjects, sums, usual, strict=True):
+            x_hat, codes = subject(x)
+            s.add(x, x_hat, codes)
+            u.add(x[keep], x_hat[keep])
         if sums[0].n >= max_rows:
             break
     if sums[0].n == 0:
         raise MissingDataError("the store has no held-out rows: build the corpus from more documents")
     return [
-        {"subject": subject.name, "metric": m, "value": v, "n": s.n}
-        for subject, s in zip(subjects, sums, strict=True)
-        for m, v in s.values().items()
+        {"subject": subject.name, "metric": m, "value": v, "n": n}
+        for subject, s, u in zip(subjects, sums, usual, strict=True)
+        for m, v, n in (*((m, v, s.n) for m, v in s.values().items()), ("fvu_usual", u.values()["fvu"], u.n))
     ]
 
 

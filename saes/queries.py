@@ -111,6 +111,7 @@ class FeatureIndex:
         density: tuple[float, float] | None = None,
         alive: bool = True,
         min_max_act: float | None = None,
+        within: Sequence[int] | None = None,
         sort: str = "density",
         descending: bool = True,
         limit: int = 50,
@@ -119,7 +120,8 @@ class FeatureIndex:
         """A page of features and the number that match.
 
         mode: `label` (text in a label), `token` (features that fire on a token, sorted by `match`, the activation mass
-        there), `id`. density: range of the share of tokens. Columns: feature, label, density, max_act, min_act,
+        there), `id`. density: range of the share of tokens. within: only these features. Columns: feature, label,
+        density, max_act, min_act,
         n_fire, top_token, match.
         """
         if mode not in MODES or sort not in SORTS:
@@ -136,6 +138,9 @@ class FeatureIndex:
         if density is not None:
             where.append("f.density BETWEEN ? AND ?")
             parameters += list(density)
+        if within is not None:
+            where.append("f.feature IN (SELECT unnest(?::INTEGER[]))")
+            parameters.append([int(f) for f in within])
         if min_max_act is not None:
             where.append("greatest(f.max_act, -f.min_act) >= ?")
             parameters.append(min_max_act)

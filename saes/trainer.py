@@ -3,8 +3,9 @@
     loss = sum ||x_hat - x||^2 / (B V) + auxk * s * sum ||e_hat - e||^2 / sum ||e - e_mean||^2,   e = x - x_hat (detached)
 
 V is the variance of the first rows without the thousandth of largest norm: attention sinks occur outside position
-0 too (norms a hundred times the rest), and a handful would otherwise set the units of the run. The logged `fvu` is
-exact, sum ||x_hat - x||^2 / sum ||x - x_mean||^2 over the rows since the last log. s = min(1, n_dead / k_aux).
+0 too (norms a hundred times the rest), and a handful would otherwise set the units of the run. For the same reason the
+logged `fvu`, sum ||x_hat - x||^2 / sum ||x - x_mean||^2 over the rows since the last log, leaves out rows with more
+than SINK_RATIO times the mean norm (`evaluate` reports it with and without them). s = min(1, n_dead / k_aux).
 The decoder rows are unit: their gradient is projected on the sphere's tangent before Adam, and they are
 renormalised after it. Nothing in `step` waits for the device, except once every `dead_refresh_steps`.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from saes.config import SAEConfig, TrainConfig
 from saes.initialise import initialise
 from saes.kernels import Dead, StepOutput, sparse_step
+from saes.metrics import SINK_RATIO
 from saes.sae import SAE, fix_signs, fold_input_scale
 from saes.screening import Screen, screening_gains
 from saes.sources import Moments
@@ -38,6 +40,7 @@ class Trainer:
         if cfg.space == "scalar":
             self.scale = math.sqrt(cfg.d_model) / max(moments.mean_norm, 1e-30)
         self.mean = (moments.mean * self.scale).float().to(device)
+        self.sink_norm = SINK_RATIO * moments.mean_norm * self.scale
         self.variance = 1.0
         betas = (train.beta1, train.beta2)
         self.optimiser = torch.optim.Adam(
@@ -73,29 +76,31 @@ class Trainer:
             x, s.W_enc, s.b_enc, s.W_dec, s.b_dec,
             k=self.cfg.k, signed=self.cfg.signed, dead=self.dead, select=self.screen,
         )  # fmt: skip
-        error, aux = self._losses(x, out)
+        errors, aux = self._losses(x, out)
         self.optimiser.zero_grad(set_to_none=True)
-        (error / (len(x) * self.variance) + self.cfg.auxk * aux).backward()
+        (errors.sum() / (len(x) * self.variance) + self.cfg.auxk * aux).backward()
         norm = self._project_and_clip()
         self.optimiser.step()
         with torch.no_grad():
             s.W_dec.div_(torch.linalg.vector_norm(s.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
             self._track(out, len(x), step)
             fired = (out.values != 0).sum() / len(x)
-            spread = ((x - self.mean) ** 2).sum()
-            self._sums += torch.stack([error.detach(), spread, aux.detach(), fired, norm]).double()
+            usual = torch.linalg.vector_norm(x, dim=1) <= self.sink_norm
+            error = torch.where(usual, errors.detach(), 0.0).sum()
+            spread = torch.where(usual, ((x - self.mean) ** 2).sum(1), 0.0).sum()
+            self._sums += torch.stack([error, spread, aux.detach(), fired, norm]).double()
             self._sum_steps += 1
 
     def _losses(self, x: Tensor, out: StepOutput) -> tuple[Tensor, Tensor]:
-        """Summed squared error, and the AuxK term (0 without dead latents)."""
+        """Squared error of each row `[B]`, and the AuxK term (0 without dead latents)."""
         error = out.x_hat - x
-        total = (error**2).sum()
+        errors = (error**2).sum(1)
         if self.dead is None:
-            return total, total.new_zeros(())
+            return errors, errors.new_zeros(())
         e = -error.detach()
         spread = ((e - e.mean(0)) ** 2).sum().clamp_min(1e-30)
         share = min(1.0, len(self.dead.ids) / self.cfg.aux_width())
-        return total, share * ((out.e_hat - e) ** 2).sum() / spread
+        return errors, share * ((out.e_hat - e) ** 2).sum() / spread
 
     @torch.no_grad()
     def _project_and_clip(self) -> Tensor:

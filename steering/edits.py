@@ -83,8 +83,7 @@ def feature_code(sae: Any, x: Tensor, feature: int) -> Tensor:
 
     The whole encoder runs, because top-k selection depends on every pre-activation.
     """
-    # An SAE keeps scratch buffers, which must be neither made nor written inside inference mode only.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         codes = sae.encode(x.to(sae.W_enc.device))
     values = codes.values.reshape(-1)
     hit = torch.where(codes.indices.reshape(-1) == feature, values, torch.zeros_like(values))

@@ -228,3 +228,13 @@ def test_saved_page_is_self_contained(tmp_path) -> None:
     page = path.read_text(encoding="utf-8")
     assert "http://evil.test" in html.unescape(page) and "<script" not in page
     assert figures.token_strip(["a"])._repr_html_() == str(figures.token_strip(["a"]))
+
+
+def test_map_shows_every_living_feature_and_rings_the_chosen_one() -> None:
+    frame = pd.DataFrame(
+        {"feature": [3, 5, 8], "x": [0.0, 1.0, 2.0], "y": [0.0, 1.0, 0.5], "density": [0.1, 0.01, 1e-4]}
+    )
+    fig = figures.feature_map(frame, marker=5)
+    assert list(fig.data[0].x) == [0.0, 1.0, 2.0] and fig.layout.meta["n"] == 3
+    assert list(fig.data[1].x) == [1.0]
+    assert len(figures.feature_map(frame, marker=99).data) == 1

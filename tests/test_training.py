@@ -239,6 +239,18 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert rates[79] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
 
 
+def test_a_few_attention_sinks_do_not_flatter_the_logged_fvu() -> None:
+    x, _ = planted(4096)
+    sinks = x.clone()
+    sinks[::512] *= 1e3
+    config = TrainConfig(steps=150, batch_size=256, lr=3e-3, warmup_steps=5, log_every=150, screen="off")
+    result = train(sinks, [topk(d_sae=64, k=3)], config)[0]
+    usual = sinks[sinks.norm(dim=1) < 1e3]
+    plain = ((sinks - result.sae(sinks)) ** 2).sum() / ((sinks - sinks.mean(0)) ** 2).sum()
+    honest = ((usual - result.sae(usual)) ** 2).sum() / ((usual - usual.mean(0)) ** 2).sum()
+    assert abs(result.metrics[-1]["fvu"] - plain) > abs(result.metrics[-1]["fvu"] - honest)
+
+
 def test_a_few_attention_sinks_do_not_set_the_units_of_the_run() -> None:
     x, _ = planted(4096)
     sinks = x.clone()

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import figures, state
+from app import figures, overview, state
 from cache.errors import AtomscopeError
 from saes.labels import add_label, label_events
 from saes.queries import Example, FeatureIndex
@@ -83,13 +83,17 @@ def feature_list(index: FeatureIndex) -> int | None:
         "sort": "match" if found is not None and sort == "by density" else SORTS[sort],
         "descending": sort != "by id",
         "limit": PAGE_SIZE,
+        "within": overview.chosen(index),
     }
     frame, total = index.list_features(**filters, offset=PAGE_SIZE * (_page() - 1))
     if total and not len(frame):  # a page in the URL that this list does not have
         frame, total = index.list_features(**filters)
-    state.muted(f"{total:,} of {index.meta['d_sae']:,} features{tokens_searched(found)}")
+    inside = " inside the selection on the map" if filters["within"] is not None else ""
+    state.muted(f"{total:,} of {index.meta['d_sae']:,} features{inside}{tokens_searched(found)}")
     if not len(frame):
-        state.line("Nothing matches: clear the search or widen the density range.")
+        state.line(
+            "Nothing matches: clear the search or the selection on the map, or widen the density range."
+        )
         return None
     shown = frame[list(COLUMNS)].copy()
     shown["density"] *= 100
@@ -328,22 +332,6 @@ def detail(index: FeatureIndex, feature: int) -> None:
         labels(index, feature, sign)
 
 
-def densities(index: FeatureIndex, feature: int | None) -> None:
-    """How often all features fire, with a line at the one that is shown."""
-    frame = index.frame("SELECT feature, density FROM idx.feature")
-    values = frame["density"].to_numpy()
-    mark = None if feature is None else float(values[frame["feature"].to_numpy() == feature][0])
-    never = f"{int((values == 0).sum()):,} never did"
-    state.muted(f"How often features fire; {never}" + ("" if not mark else "; the line is the one shown"))
-    st.plotly_chart(
-        figures.density_histogram(values, marker=mark, theme=state.theme_name()),
-        theme=None,
-        key="densities",
-        config={"displayModeBar": False},
-        alt="Histogram of feature densities",
-    )
-
-
 def page() -> None:
     index = state.current_index()
     if index is None:
@@ -356,7 +344,7 @@ def page() -> None:
         if feature is not None:
             detail(index, feature)
     with left:
-        densities(index, feature)
+        overview.draw(index, feature)
 
 
 page()
