@@ -33,7 +33,7 @@ DEAD_SHARE = 0.05
 def make_trainer(x: torch.Tensor, screen: str) -> Trainer:
     cfg = SAEConfig(d_sae=D_SAE, k=K, auxk=1 / 32, d_model=D_MODEL)
     train = TrainConfig(steps=10_000, batch_size=BATCH, screen=screen, dead_window_tokens=10**12)  # type: ignore[arg-type]
-    moments = Moments(len(x), x.mean(0).double(), x.norm(dim=1).mean().item())
+    moments = Moments(len(x), x.norm(dim=1).mean().item())
     trainer = Trainer(cfg, train, moments, x.device)
     trainer.start(x)
     make_dead(trainer)

@@ -19,10 +19,9 @@ from saes.config import TrainConfig
 
 
 class Moments(NamedTuple):
-    """Moments of the training rows: number, mean `[d]` float64, E||x||."""
+    """Moments of the training rows: their number, E||x||."""
 
     n: int
-    mean: Tensor
     mean_norm: float
 
 
@@ -64,7 +63,7 @@ class StoreSource:
 
     def moments(self, cfg: TrainConfig) -> Moments:
         s = self.store.stats(self.hook, split=cfg.split, skip=cfg.skip)
-        return Moments(s.n, torch.as_tensor(s.mean), float(s.mean_norm))
+        return Moments(s.n, float(s.mean_norm))
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         inner = self.store.stream(
@@ -116,8 +115,7 @@ class TensorSource:
         self.provenance = {"store": f"tensor-{digest[:16]}", "hook": "", "model": "", "model_sha": ""}
 
     def moments(self, cfg: TrainConfig) -> Moments:  # noqa: ARG002 (all rows of a tensor are training rows)
-        x = self.x.double()
-        return Moments(len(x), x.mean(0), x.norm(dim=1).mean().item())
+        return Moments(len(self.x), self.x.double().norm(dim=1).mean().item())
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         return _TensorRows(self.x, cfg, state or {"epoch": 0, "offset": 0}, device)

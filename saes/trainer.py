@@ -39,7 +39,7 @@ class Trainer:
         self.scale = 1.0
         if cfg.space == "scalar":
             self.scale = math.sqrt(cfg.d_model) / max(moments.mean_norm, 1e-30)
-        self.mean = (moments.mean * self.scale).float().to(device)
+        self.mean = torch.zeros(cfg.d_model, device=device)
         self.sink_norm = SINK_RATIO * moments.mean_norm * self.scale
         self.variance = 1.0
         betas = (train.beta1, train.beta2)
@@ -58,6 +58,8 @@ class Trainer:
     def start(self, sample: Tensor) -> None:
         """Initialise from raw rows `[N, d_model]`; decide on screening by a probe where it is `auto`."""
         initialise(self.sae, sample * self.scale, seed=self.train.seed)
+        usual = torch.linalg.vector_norm(sample * self.scale, dim=1) <= self.sink_norm
+        self.mean = (sample[usual] * self.scale).mean(0)
         spread = ((sample * self.scale - self.sae.b_dec.detach()) ** 2).sum(1).sort().values
         self.variance = max(spread[: max(1, len(spread) - len(spread) // TRIM)].mean().item(), 1e-30)
         if self.train.screen == "auto":
@@ -153,12 +155,8 @@ class Trainer:
                 if state
             }
         dead = self.dead.ids if self.dead is not None else self.last_fired.new_zeros(0)
-        return out | {
-            "last_fired": self.last_fired,
-            "sign_sum": self.sign_sum,
-            "dead": dead,
-            "sums": self._sums,
-        }
+        more = {"last_fired": self.last_fired, "sign_sum": self.sign_sum, "sums": self._sums, "mean": self.mean}
+        return out | more | {"dead": dead}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -182,6 +180,7 @@ class Trainer:
         self.last_fired = tensors["last_fired"].to(device).clone()
         self.sign_sum = tensors["sign_sum"].to(device).clone()
         self._sums = tensors["sums"].to(device).clone()
+        self.mean = tensors["mean"].to(device).clone()
         ids = tensors["dead"].to(device).clone()
         self.n_dead = len(ids)
         self.dead = Dead(ids, min(self.cfg.aux_width(), len(ids))) if len(ids) else None

@@ -282,4 +282,4 @@ def test_run_without_a_workspace_leaves_no_files(tmp_path: Path, monkeypatch) ->
 
 def test_moments_of_a_tensor_are_the_closed_form() -> None:
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-    assert TensorSource(x).moments(TrainConfig()) == Moments(2, pytest.approx(torch.tensor([2.0, 0.0])), 2.0)
+    assert TensorSource(x).moments(TrainConfig()) == Moments(2, 2.0)
