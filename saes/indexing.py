@@ -212,7 +212,11 @@ def _add_block(
 
 
 def _token_tables(con: duckdb.DuckDBPyConnection, store: Any) -> None:
-    """Which features fire on a token, and the token on which a feature is strongest in sum."""
+    """Which features fire on a token, and the token that a feature marks best.
+
+    Best is the largest activation mass times the share of the token's occurrences on which the feature fires: mass
+    alone names commas and hyphens, the share alone names tokens seen once.
+    """
     tokens = pa.table({"tok": store.corpus.column("tok")})
     con.register("tokens", tokens)
     con.execute("CREATE TEMP TABLE tok_of AS SELECT row_number() OVER () - 1 AS row, tok FROM tokens")
@@ -223,7 +227,9 @@ def _token_tables(con: duckdb.DuckDBPyConnection, store: Any) -> None:
         "GROUP BY t.tok, a.feature ORDER BY t.tok, mass DESC"
     )
     con.execute(
-        "CREATE TABLE top_token AS SELECT feature, arg_max(tok, mass) AS top_tok FROM token_feature GROUP BY feature"
+        "CREATE TABLE top_token AS SELECT f.feature, arg_max(f.tok, f.mass * f.n / t.total) AS top_tok "
+        "FROM token_feature f JOIN (SELECT tok, count(*) AS total FROM tok_of GROUP BY tok) t USING (tok) "
+        "GROUP BY f.feature"
     )
 
 

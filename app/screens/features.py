@@ -172,7 +172,7 @@ def about(f: dict[str, Any], meta: dict[str, Any]) -> str:
         parts.append(f"Label {pole}by {e['author']} ({e['method']}, {score})")
     if meta["signed"]:
         parts.append("two poles, + and −")
-    return " · ".join(parts) or f"Strongest in sum on {figures.glyphs(f['top_token'])}"
+    return " · ".join(parts) or f"Marks best {figures.glyphs(f['top_token'])}"
 
 
 def tiles(f: dict[str, Any], meta: dict[str, Any]) -> figures.HTML:
