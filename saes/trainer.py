@@ -155,7 +155,12 @@ class Trainer:
                 if state
             }
         dead = self.dead.ids if self.dead is not None else self.last_fired.new_zeros(0)
-        more = {"last_fired": self.last_fired, "sign_sum": self.sign_sum, "sums": self._sums, "mean": self.mean}
+        more = {
+            "last_fired": self.last_fired,
+            "sign_sum": self.sign_sum,
+            "sums": self._sums,
+            "mean": self.mean,
+        }
         return out | more | {"dead": dead}
 
     def state(self) -> dict[str, Any]:
