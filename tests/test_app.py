@@ -135,7 +135,7 @@ def test_text_from_data_never_goes_through_markdown(tiny_workspace, monkeypatch)
 def test_token_search_and_density_filter_narrow_the_list(tiny_workspace, monkeypatch) -> None:
     at = open_page("features", tiny_workspace.path, monkeypatch, mode="Token", q="rain")
     page = words(at)
-    assert "that fire on ␣rain" in page and "96 of 96" not in page
+    assert "that fire on ␣rain" in page and "96 of 96 features" not in page
     at = open_page("features", tiny_workspace.path, monkeypatch, dens="-6")
     at.slider(key="dens").set_value((-1.5, 0.0)).run()
     shown = at.dataframe[0].value["density"]
