@@ -61,6 +61,26 @@ def read_catalogue(workspace: Path) -> Catalogue:
     return Catalogue(saes, stores, corpora, measures, folder_bytes(workspace))
 
 
+_CURVES = """
+SELECT r.run || ' / ' || r.sae AS name, r.status, m.* EXCLUDE (run, sae)
+FROM metrics m JOIN runs r ON r.run = m.run AND r.sae LIKE m.sae || '-%'
+ORDER BY r.created DESC, name, m.step
+"""
+
+
+def read_curves(workspace: Path) -> pd.DataFrame:
+    """Every logged point, newest run first: name, status, step, tokens, lr, fvu, auxk, l0, grad_norm, n_dead, rate."""
+    con = connect(workspace)
+    try:
+        return con.execute(_CURVES).df()
+    except duckdb.Error as e:
+        raise DataError(
+            f"the metrics cannot be read ({str(e).splitlines()[0]}): check the run's folder"
+        ) from e
+    finally:
+        con.close()
+
+
 def folder_bytes(folder: Path) -> int:
     """Size of all files below a folder; files that go away meanwhile count as nothing."""
     total = 0

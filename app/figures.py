@@ -28,6 +28,8 @@ from app.markup import (
     token_strip,
 )
 
+CURVE_COLOURS = ("#8a5a83", "#5b7f3a", "#a1453f", "#3f6f8a")
+MAX_CURVE = 2000
 MAX_POINTS = 25_000
 """Points of a map: more than this slows the browser down."""
 
@@ -49,7 +51,7 @@ __all__ = [
     "table",
     "text_panel",
     "token_strip",
-    "training_curve",
+    "training_curves",
 ]
 
 
@@ -177,20 +179,31 @@ def feature_bars(
     return fig
 
 
-def training_curve(
-    frame: Any, *, x: str = "tokens", y: str = "fvu", theme: str | None = None, height: int = 200
+def training_curves(
+    frame: Any, *, x: str = "tokens", y: str = "fvu", theme: str | None = None, height: int = 210
 ) -> go.Figure:
-    """One metric of a run against tokens (or steps)."""
+    """One metric against tokens or steps, a line for each `name` (one without that column); MAX_CURVE points at most."""
+    frame = frame if "name" in frame else frame.assign(name="run")
     fig = _figure(theme, height, len(frame), "points")
-    fig.add_scatter(
-        x=frame[x],
-        y=frame[y],
-        mode="lines",
-        line={"color": _theme.palette(theme).accent, "width": 1.6},
-        hovertemplate=f"%{{x:,}} {x}: %{{y:.4g}}<extra></extra>",
-    )
+    p = _theme.palette(theme)
+    colours = [
+        p.accent,
+        *(f"rgb{c}" for c in (_theme.POSITIVE, _theme.NEGATIVE, _theme.CONTROL)),
+        *CURVE_COLOURS,
+    ]
+    for i, (name, part) in enumerate(frame.groupby("name", sort=False)):
+        step = -(-len(part) // MAX_CURVE)
+        shown = part.iloc[::step]
+        fig.add_scatter(
+            x=shown[x],
+            y=shown[y],
+            name=_plain_label(str(name)),
+            mode="lines",
+            line={"color": colours[i % len(colours)], "width": 1.6, "dash": "solid" if i < 4 else "dot"},
+            hovertemplate=f"%{{x:,}} {x}: %{{y:.4g}}<extra></extra>",
+        )
     fig.update_xaxes(title_text=x)
-    fig.update_yaxes(title_text=y)
+    fig.update_layout(showlegend=frame["name"].nunique() > 1)
     return fig
 
 

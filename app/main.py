@@ -18,7 +18,10 @@ if ROOT not in sys.path:
 from app import state  # noqa: E402
 
 PAGES = {
-    "Data": [st.Page("screens/home.py", title="Runs and datasets", url_path="home", default=True)],
+    "Data": [
+        st.Page("screens/home.py", title="Runs and datasets", url_path="home", default=True),
+        st.Page("screens/curves.py", title="Training curves", url_path="curves"),
+    ],
     "Features": [
         st.Page("screens/features.py", title="Explorer", url_path="features"),
         st.Page("screens/inspect.py", title="Prompt inspector", url_path="inspect"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("tests.workspaces",)
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("home", "features", "inspect", "steer")
+PAGES = ("home", "curves", "features", "inspect", "steer")
 MODEL_PAGES = ("inspect", "steer")
 
 
@@ -100,6 +100,15 @@ def test_a_bad_feature_id_in_the_url_is_named(page, fid, tiny_workspace, monkeyp
 def test_an_unknown_sae_in_the_url_is_named(page, sae, tiny_workspace, monkeypatch) -> None:
     at = open_page(page, tiny_workspace.path, monkeypatch, sae=sae)
     assert "No SAE with the id" in words(at) and "<script>" not in words(at)
+
+
+def test_training_curves_show_every_metric_of_the_chosen_run(tiny_workspace, monkeypatch) -> None:
+    at = open_page("curves", tiny_workspace.path, monkeypatch)
+    assert len(at.get("plotly_chart")) == 6 and "logged points of 1 SAE" in words(at)
+    at.multiselect(key="run").set_value([]).run()
+    assert "Choose a run" in words(checked(at))
+    junk = open_page("curves", tiny_workspace.path, monkeypatch, run="<script>", x="'; DROP")
+    assert "<script>" not in words(junk)
 
 
 def test_other_nonsense_in_the_url_is_ignored(tiny_workspace, monkeypatch) -> None:

@@ -230,6 +230,14 @@ def test_saved_page_is_self_contained(tmp_path) -> None:
     assert figures.token_strip(["a"])._repr_html_() == str(figures.token_strip(["a"]))
 
 
+def test_curves_draw_a_line_for_each_run_and_thin_out_long_ones() -> None:
+    frame = pd.DataFrame({"name": ["<b>a"] * 5000 + ["b"] * 3, "step": [*range(5000), 1, 2, 3], "fvu": 0.5})
+    fig = figures.training_curves(frame, x="step")
+    assert len(fig.data) == 2 and len(fig.data[0].x) <= figures.MAX_CURVE and list(fig.data[1].x) == [1, 2, 3]
+    assert "<b>" not in fig.data[0].name
+    assert len(figures.training_curves(frame.drop(columns="name"), x="step").data) == 1
+
+
 def test_map_shows_every_living_feature_and_rings_the_chosen_one() -> None:
     frame = pd.DataFrame(
         {"feature": [3, 5, 8], "x": [0.0, 1.0, 2.0], "y": [0.0, 1.0, 0.5], "density": [0.1, 0.01, 1e-4]}
