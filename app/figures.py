@@ -126,7 +126,9 @@ def feature_map(
         marker={
             "size": 4,
             "color": np.log10(np.maximum(part["density"].to_numpy(dtype=float), 1e-9)),
-            "colorscale": [[0, p.line], [0.5, p.accent], [1, p.accent]],
+            "colorscale": [[0, p.line], [1, p.accent]],
+            "cmin": -5,
+            "cmax": -1,
         },
         text=[
             f"feature {f}, {number(100 * d)} % of tokens" for f, d in zip(part["feature"], part["density"])
@@ -147,8 +149,8 @@ def feature_map(
             },
         )
     fig.update_layout(showlegend=False)
-    fig.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
-    fig.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(visible=False)
     return fig
 
 

@@ -104,7 +104,7 @@ def test_an_unknown_sae_in_the_url_is_named(page, sae, tiny_workspace, monkeypat
 
 def test_training_curves_show_every_metric_of_the_chosen_run(tiny_workspace, monkeypatch) -> None:
     at = open_page("curves", tiny_workspace.path, monkeypatch)
-    assert len(at.get("plotly_chart")) == 6 and "logged points of 1 SAE" in words(at)
+    assert len(at.get("plotly_chart")) == 6 and "1 of the SAEs" in words(at)
     at.multiselect(key="run").set_value([]).run()
     assert "Choose a run" in words(checked(at))
     junk = open_page("curves", tiny_workspace.path, monkeypatch, run="<script>", x="'; DROP")

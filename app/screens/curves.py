@@ -49,7 +49,7 @@ def panels(names: list[str], x: str) -> None:
     running = sorted(set(frame.loc[frame["status"] == "running", "name"]))
     if running:
         state.muted(f"Running or interrupted: {', '.join(running)}. The same command goes on with it.")
-    state.muted(f"{len(frame):,} logged points of {len(names)} SAE{"s" * (len(names) != 1)}")
+    state.muted(f"{len(frame):,} logged points, {len(names)} of the SAEs")
 
 
 def page() -> None:
