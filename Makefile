@@ -14,8 +14,8 @@ install: $(STAMP)
 
 # the stamp is written last: an installation that was interrupted is done again
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "atomscope needs Python 3.11 or newer: make PYTHON=python3.11"'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "atomscope needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_train.py
 	$(BIN)/python benchmarks/bench_cache.py
 	$(BIN)/python benchmarks/bench_harvest.py
+	$(BIN)/python benchmarks/bench_estimate.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

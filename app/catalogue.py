@@ -98,5 +98,5 @@ def measure_table(measures: pd.DataFrame, sae_id: str) -> pd.DataFrame:
     if not len(part):
         return pd.DataFrame()
     wide = part.pivot_table(index="subject", columns="metric", values="value", aggfunc="first")
-    order = sorted(wide.index, key=lambda s: (s != "sae", s == "random", s))
+    order = sorted(wide.index, key=lambda s: (s != "sae", s in ("untrained", "random"), s))
     return wide.loc[[s for s in order if s != "model"]]

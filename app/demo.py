@@ -7,6 +7,7 @@ forward pass that stops at the same layer, the training step with the encoder's 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -67,8 +68,8 @@ class Summary:
                 self.record = old
 
     def stage(self, name: str, run: Callable[[], T]) -> T:
-        """Run a stage and add its seconds to those of earlier, interrupted starts."""
-        print(f"\n== {name}", flush=True)
+        """Run a stage and add its seconds to those of earlier starts (a start that was killed is not counted)."""
+        print(f"\n== {name}", file=sys.stderr, flush=True)
         started = time.monotonic()
         entry = self.record["stages"].setdefault(name, {"seconds": 0.0})
         try:
@@ -103,7 +104,7 @@ def run_demo(workspace: Path, config: DemoConfig | None = None) -> dict[str, Any
             workspace=workspace,
         ),
     )  # fmt: skip
-    print(corpus)
+    print(corpus, file=sys.stderr)
     store = summary.stage("harvest", lambda: _harvest(summary, model, corpus, config, workspace))
     result = summary.stage("train", lambda: _train(summary, store, config))
     evaluation = summary.stage("evaluate", lambda: _evaluate(result.sae, store, model, config))
@@ -171,7 +172,9 @@ def _evaluate(sae: Any, store: Any, model: Any, config: DemoConfig) -> Any:
     from saes import evaluate
     from saes.evaluation import load_evaluation
 
-    return load_evaluation(sae, store) or evaluate(sae, store, model, max_tokens=config.eval_tokens)
+    old = load_evaluation(sae, store)
+    whole = old is not None and any(r["metric"] == "delta_ce" for r in old.rows)
+    return old if whole else evaluate(sae, store, model, max_tokens=config.eval_tokens)
 
 
 def summary_lines(record: dict[str, Any]) -> list[str]:
@@ -193,7 +196,10 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
 SHOWN = (
     ("fvu", "held-out FVU", "{:.4f}"), ("l0", "L0", "{:.1f}"), ("fvu_usual", "... without sinks", "{:.4f}"), ("delta_ce", "delta CE, nats", "{:.3f}"),
     ("ce_recovered_zero", "CE recovered (zero)", "{:.3f}"), ("ce_recovered_mean", "CE recovered (mean)", "{:.3f}"),
-    ("cos", "cosine", "{:.3f}"), ("alive", "alive latents", "{:.3f}"), ("dense", "dense latents", "{:.3f}"),
+    ("delta_loss_pct", "delta CE, % of clean", "{:.2f}"), ("kl", "KL, nats", "{:.3f}"),
+    ("kl_score_zero", "KL recovered (zero)", "{:.3f}"), ("nmse", "NMSE", "{:.4f}"), ("cos", "cosine", "{:.3f}"),
+    ("bias", "norm bias", "{:.3f}"), ("l1", "L1", "{:.1f}"), ("consistency", "firings a context", "{:.2f}"),
+    ("cos_enc_dec", "cos(enc, dec)", "{:.3f}"), ("max_dec_cos", "nearest decoder row", "{:.3f}"), ("alive", "alive latents", "{:.3f}"), ("dense", "dense latents", "{:.3f}"),
 )  # fmt: skip
 
 

@@ -41,11 +41,14 @@ __all__ = [
     "examples_panel",
     "feature_bars",
     "feature_map",
+    "frontier",
     "glyphs",
     "logit_table",
+    "matching_hist",
     "meters",
     "number",
     "signed",
+    "stability",
     "stat_tiles",
     "steer_compare",
     "table",
@@ -207,6 +210,95 @@ def training_curves(
     fig.update_xaxes(title_text=x)
     fig.update_layout(showlegend=frame["name"].nunique() > 1)
     return fig
+
+
+def matching_hist(
+    cos: Any, *, chance: float | None = None, theme: str | None = None, height: int = 220
+) -> go.Figure:
+    """|cosine| of matched decoder rows; a line where random directions would be. Unmatched ones are in meta."""
+    values = np.abs(np.asarray(cos, dtype=float))
+    found = values[np.isfinite(values)]
+    fig = _figure(theme, height, len(found), "features")
+    fig.update_layout(meta={"n": len(found), "unit": "features", "unmatched": len(values) - len(found)})
+    count, edges = np.histogram(found, bins=40, range=(0.0, 1.0))
+    fig.add_bar(
+        x=(edges[:-1] + edges[1:]) / 2,
+        y=count,
+        width=0.9 / 40,
+        marker={"color": _theme.palette(theme).accent, "line": {"width": 0}},
+        hovertemplate="%{x:.2f}: %{y:,} features<extra></extra>",
+    )
+    if chance is not None:
+        fig.add_vline(
+            x=chance,
+            line={"color": f"rgb{_theme.CONTROL}", "width": 2, "dash": "dot"},
+            annotation={"text": "random directions", "font": {"size": 11}},
+        )
+    fig.update_xaxes(title_text="|cosine| with the matched decoder row", range=[0, 1.01])
+    fig.update_yaxes(title_text="features")
+    return fig
+
+
+def stability(frame: Any, bins: Any, *, theme: str | None = None, height: int = 260) -> go.Figure:
+    """Matched |cosine| of features (columns feature, density, cos) against density, and the median of each bin."""
+    part = frame[frame["density"] > 0].head(MAX_POINTS)
+    fig = _figure(theme, height, len(part), "features")
+    fig.update_layout(meta={"n": len(part), "of": len(frame), "unit": "features"})
+    fig.add_scattergl(
+        x=np.log10(part["density"].to_numpy(dtype=float)),
+        y=part["cos"].abs().fillna(0.0),
+        mode="markers",
+        marker={"size": 4, "opacity": 0.35, "color": f"rgb{_theme.CONTROL}"},
+        text=[f"feature {f}" for f in part["feature"]],
+        hovertemplate="%{text}: %{y:.3f}<extra></extra>",
+    )
+    fig.add_scatter(
+        x=(bins["lo"] + bins["hi"]) / 2,
+        y=bins["median"],
+        mode="lines+markers",
+        line={"color": _theme.palette(theme).accent, "width": 2},
+        customdata=bins["n"],
+        hovertemplate="median %{y:.3f} of %{customdata:,} features<extra></extra>",
+    )
+    fig.update_xaxes(title_text="share of tokens, log10")
+    fig.update_yaxes(title_text="|cosine|", range=[-0.02, 1.02])
+    return fig
+
+
+def frontier(
+    frame: Any, *, measure: str = "fvu", title: str = "FVU", theme: str | None = None, height: int = 300
+) -> go.Figure:
+    """SAEs and controls: L0 (log) against a measure, lower is better; the SAEs that none beats are joined."""
+    known = frame[(frame["l0"] > 0) & frame[measure].notna()]
+    fig = _figure(theme, height, len(known), "points")
+    saes, controls = known[known["subject"] == "sae"], known[known["subject"] != "sae"]
+    best = saes[saes["best_ce" if measure == "delta_ce" else "best_fvu"]].sort_values("l0")
+    accent = _theme.palette(theme).accent
+    for _, line in best.groupby(["store", "hook"]):
+        fig.add_scatter(
+            x=line["l0"],
+            y=line[measure],
+            mode="lines",
+            hoverinfo="skip",
+            line={"color": accent, "width": 1.4},
+        )
+    for part, colour, symbol in ((controls, f"rgb{_theme.CONTROL}", "x"), (saes, accent, "circle")):
+        fig.add_scatter(
+            x=part["l0"],
+            y=part[measure],
+            mode="markers",
+            marker={"size": 9, "color": colour, "symbol": symbol},
+            text=[_plain_label(_point_name(r), 48) for r in part.to_dict("records")],
+            hovertemplate=f"%{{text}}<br>L0 %{{x:.1f}}, {title} %{{y:.4g}}<extra></extra>",
+        )
+    fig.update_xaxes(title_text="L0, log", type="log")
+    fig.update_yaxes(title_text=title)
+    return fig
+
+
+def _point_name(row: dict[str, Any]) -> str:
+    owner = f"{row['name']} ({str(row['sae_id'])[:6]})"
+    return owner if row["subject"] == "sae" else f"{row['subject']} control of {owner}"
 
 
 def _plain_label(text: str, limit: int = 28) -> str:

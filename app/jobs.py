@@ -44,7 +44,12 @@ def override(job: dict[str, Any], assignments: list[str]) -> None:
             node = _child(node, key, path)
         if isinstance(node, list):
             raise UsageError(f"--set {path}: name a field of the list's item, for example saes.0.k=64")
-        node[keys[-1]] = yaml.safe_load(value)
+        if not isinstance(node, dict):
+            raise UsageError(f"--set {path}: {keys[-2]} is a value, it has no fields")
+        try:
+            node[keys[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UsageError(f"--set {path}: {value!r} is not a YAML value") from e
 
 
 def _child(node: Any, key: str, path: str) -> Any:
@@ -52,6 +57,10 @@ def _child(node: Any, key: str, path: str) -> Any:
         if not key.isdigit() or int(key) >= len(node):
             raise UsageError(f"--set {path}: the list has items 0 to {len(node) - 1}")
         return node[int(key)]
+    if not isinstance(node, dict):
+        raise UsageError(f"--set {path}: there is nothing below {node!r}")
+    if key == "saes" and key not in node:
+        raise UsageError(f"--set {path}: the job names no SAE yet: give --d-sae or a YAML file")
     return node.setdefault(key, {})
 
 
@@ -60,10 +69,14 @@ def resolve(job: dict[str, Any]) -> tuple[list[SAEConfig], TrainConfig]:
     unknown = sorted(set(job) - {"saes", "train"})
     if unknown:
         raise UsageError(f"a training job has the keys saes and train, not {', '.join(unknown)}")
-    entries = job.get("saes") or []
+    entries, schedule = job.get("saes") or [], job.get("train") or {}
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise UsageError("saes must be a list of mappings, for example saes: [{preset: topk, d_sae: 4608, k: 32}]")
+    if not isinstance(schedule, dict):
+        raise UsageError("train must be a mapping, for example train: {steps: 1500}")
     if not entries:
         raise UsageError("the job names no SAE: give --d-sae and --k, or a `saes:` list in the YAML file")
-    return [_sae(dict(e)) for e in entries], TrainConfig.from_dict(_numbers(job.get("train") or {}))
+    return [_sae(dict(e)) for e in entries], TrainConfig.from_dict(_typed(TrainConfig, schedule))
 
 
 def _sae(entry: dict[str, Any]) -> SAEConfig:
@@ -75,16 +88,27 @@ def _sae(entry: dict[str, Any]) -> SAEConfig:
     if unknown or "d_sae" not in entry:
         problem = f"has no field {', '.join(unknown)}" if unknown else "needs d_sae, the number of latents"
         raise UsageError(f"preset {preset} {problem}; fields are {', '.join(sorted(known))}")
-    return PRESETS[preset](**_numbers(entry))
+    return PRESETS[preset](**_typed(SAEConfig, entry))
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """YAML 1.1 reads 8e-4 as text: what parses as a number is one."""
+def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as the fields want them: YAML 1.1 reads 8e-4 as text, and 1e2 steps are 100. Refuses other types."""
     out = {}
     for key, value in values.items():
-        if isinstance(value, str):
+        kind = str(cls.__annotations__.get(key, ""))
+        if kind.startswith("Literal") and isinstance(value, bool):
+            value = "on" if value else "off"  # YAML 1.1 reads the words on and off as truth values
+        numeric = kind.startswith(("int", "float"))
+        if numeric and isinstance(value, str):
             with suppress(ValueError):
                 value = float(value)
+        if kind.startswith("int") and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        allowed = (int,) if kind.startswith("int") else (int, float)
+        missing = value is None and "None" in kind
+        if numeric and not missing and (isinstance(value, bool) or not isinstance(value, allowed)):
+            what = "a whole number" if kind.startswith("int") else "a number"
+            raise UsageError(f"{key} must be {what}, got {value!r}")
         out[key] = value
     return out
 
@@ -96,6 +120,8 @@ def estimate(saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes
     # weights + gradient + two moments; two windows of the stream; a batch and its gradients; kernel blocks
     window = 2 * 32 * 6 * 2**20
     batch = 6 * config.batch_size * d_model * 4 + 24 * config.batch_size * max(c.k for c in saes)
+    # a threshold lets half of the latents through at first: five dense tensors of a batch
+    batch += max(0 if c.has_k else 20 * config.batch_size * c.d_sae for c in saes)
     memory = 16 * parameters + window + batch + 3 * 64 * 2**20 + 4 * largest
     checkpoint = 12 * parameters
     return {

@@ -26,6 +26,7 @@ PAGES = {
         st.Page("screens/features.py", title="Explorer", url_path="features"),
         st.Page("screens/inspect.py", title="Prompt inspector", url_path="inspect"),
     ],
+    "Measure": [st.Page("screens/compare.py", title="Compare SAEs", url_path="compare")],
     "Act": [st.Page("screens/steer.py", title="Steering", url_path="steer")],
 }
 

@@ -7,6 +7,7 @@ a printed URL can be opened at once. The workspace travels in $ATOMSCOPE_HOME.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -105,6 +106,8 @@ def start(workspace: Path, port: int = PORT, *, log: Path | None = None) -> Serv
 
 def _wait_for_health(server: Server) -> None:
     end = time.monotonic() + HEALTH_SECONDS
+    # the app is on this machine: a proxy of the environment must not be asked for it
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < end:
         if server.process.poll() is not None:
             raise AtomscopeError(
@@ -112,7 +115,7 @@ def _wait_for_health(server: Server) -> None:
                 "and check that streamlit is installed (`pip install streamlit`)"
             )
         try:
-            with urllib.request.urlopen(f"{server.url}/_stcore/health", timeout=2) as answer:
+            with opener.open(f"{server.url}/_stcore/health", timeout=2) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):
@@ -124,9 +127,16 @@ def serve(workspace: Path, port: int = PORT) -> int:
     """Run the app in the foreground until it ends or Ctrl-C; returns its exit code (130 after Ctrl-C)."""
     server = start(workspace, port)
     print(f"atomscope app: {server.url}  (workspace {workspace}; Ctrl-C stops it)", flush=True)
+    # `kill`, systemd and containers stop with SIGTERM: the child must go too, it holds the port
+    old = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     try:
         return server.process.wait()
     except KeyboardInterrupt:
         return 130
     finally:
+        signal.signal(signal.SIGTERM, old)
         server.stop()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt

@@ -19,8 +19,8 @@ from app import theme
 from app.figures import HTML
 from app.markup import escape
 from cache.errors import AtomscopeError, DataError, MissingDataError, UsageError
-from cache.workspace import ENV_HOME, read_json
-from saes.queries import FeatureIndex
+from cache.workspace import ENV_HOME
+from saes.queries import FeatureIndex, find_sae
 
 PROMPT_LIMIT = 2000
 LOCK_SECONDS = 2.0
@@ -73,8 +73,9 @@ def index_metas() -> list[dict[str, Any]]:
 
 
 def sae_name(meta: dict[str, Any]) -> str:
-    """Short name of an SAE for selectors: architecture, size, k."""
-    return f"{meta['activation'].replace('_', '-')} · {meta['d_sae']:,} · k {meta['k']}"
+    """Short name of an SAE for selectors: architecture, size, and k where it has one."""
+    name = f"{meta['activation'].replace('_', '-')} · {meta['d_sae']:,}"
+    return f"{name} · k {meta['k']}" if meta["k"] else name
 
 
 def sae_choice() -> None:
@@ -167,12 +168,17 @@ def model_lock() -> Iterator[None]:
 
 @st.cache_resource(max_entries=1, show_spinner=False)
 def _models() -> dict[str, Any]:
-    """Loaded models by name; a plain dictionary, so that pages can ask without loading."""
+    """Loaded models by the sha of their weights; a plain dictionary, so that pages can ask without loading."""
     return {}
 
 
+def _model_key(meta: dict[str, Any]) -> str:
+    """Folders of different models may share a name, weights do not."""
+    return str(meta.get("model_sha") or meta["model"])
+
+
 def loaded(meta: dict[str, Any]) -> bool:
-    return meta["model"] in _models()
+    return _model_key(meta) in _models()
 
 
 def load(meta: dict[str, Any], source: str) -> None:
@@ -187,7 +193,7 @@ def load(meta: dict[str, Any], source: str) -> None:
                 f"the SAE was trained on weights {wanted[:12]}, {source} has {found[:12]}: name the model it was trained on"
             )
         _models().clear()
-        _models()[meta["model"]] = model
+        _models()[_model_key(meta)] = model
 
 
 def model_of(meta: dict[str, Any]) -> Any:
@@ -196,27 +202,12 @@ def model_of(meta: dict[str, Any]) -> Any:
         raise MissingDataError(
             f"{meta['model']} was replaced in another window: open this page again and load it"
         )
-    return _models()[meta["model"]]
+    return _models()[_model_key(meta)]
 
 
 def load_sae(meta: dict[str, Any]) -> Any:
     """The SAE of an index."""
-    return _load_sae(str(sae_folder(meta)))
-
-
-def sae_folder(meta: dict[str, Any]) -> Path:
-    """Folder of the SAE with this id, inside the workspace."""
-    root = workspace()
-    named = [root / meta["sae_path"]] if meta.get("sae_path") else []
-    for folder in [*named, *(p.parent for p in sorted(root.glob("saes/*/*/cfg.json")))]:
-        cfg = folder / "cfg.json"
-        if cfg.is_file() and folder.resolve().is_relative_to(root):
-            found = read_json(cfg).get("metadata", {}).get("sae_id")
-            if found == meta["sae_id"]:
-                return folder
-    raise MissingDataError(
-        f"the SAE {meta['sae_id']} is not in this workspace any more: train and index it again"
-    )
+    return _load_sae(str(find_sae(workspace(), meta)))
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)

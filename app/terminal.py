@@ -41,6 +41,46 @@ def feature_text(index: Any, feature: dict[str, Any], contexts: list[Any]) -> st
     return "\n".join(lines)
 
 
+def comparison_lines(records: list[dict[str, Any]]) -> list[str]:
+    """Matched decoders, one line a pair and side."""
+    if not records:
+        return []
+    lines = [
+        f"{'features of':<26}{'matched with':<26}{'n':>7}{'cos':>7}{'> .7':>7}{'> .9':>7}{'mutual':>8}{'chance':>8}"
+    ]
+    for r in records:
+        for side, other in (("a", "b"), ("b", "a")):
+            s, (x, y) = r["sides"][side], (f"{r[k]['name']} {r[k]['sae_id'][:6]}" for k in (side, other))
+            lines.append(
+                f"{x:<26}{y:<26}{s['n']:>7,}{s['mean_cos']:>7.3f}{s['over_0.7']:>7.1%}{s['over_0.9']:>7.1%}"
+                f"{s['mutual']:>8.1%}{r['chance']:>8.3f}"
+            )
+    how = {"hungarian": "one to one, largest total cosine", "mutual": "each other's nearest"}
+    return [
+        *lines,
+        f"matching: {how[records[0]['method']]}; chance: nearest of as many random directions",
+        "",
+    ]
+
+
+def frontier_lines(table: Any) -> list[str]:
+    """L0, FVU and delta CE of all evaluated SAEs; a star marks what no other on the same store beats."""
+    if not len(table):
+        return ["no evaluation yet: run `atomscope evaluate` on the SAEs first"]
+    lines = [f"{'SAE':<34}{'store':<10}{'L0':>8}{'FVU':>9} {'delta CE':>9} {'95 % interval':>17}"]
+    for r in table.to_dict("records"):
+        name = f"{r['name']} {r['sae_id'][:6]}" if r["subject"] == "sae" else f"  {r['subject']}"
+        cells = [f"{r[m]:.{d}f}" if r[m] == r[m] else "" for m, d in (("l0", 1), ("fvu", 4), ("delta_ce", 3))]
+        interval = (
+            f"{r['ci_low']:.3f} to {r['ci_high']:.3f}" if r["ci_low"] == r["ci_low"] and r["ci_low"] else ""
+        )
+        stars = ["*" if r[m] else " " for m in ("best_fvu", "best_ce")]
+        lines.append(
+            f"{name:<34}{r['store'][:8]:<10}{cells[0]:>8}{cells[1]:>9}{stars[0]}{cells[2]:>9}{stars[1]}{interval:>17}"
+        )
+    return [*lines, "* no other SAE on this store is better at this L0"]
+
+
 def doctor_report(workspace: Path) -> dict[str, Any]:
     """Versions, cores, device, free disk and the workspace."""
     import torch

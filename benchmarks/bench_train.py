@@ -3,11 +3,12 @@
 Step: forward, AuxK with 5 % of the latents dead, backward, decoder projection, clip, fused Adam, renormalisation,
 dead tracking. Median over interleaved pairs (GEMM, step, GEMM, step ...) in one process, so machine noise hits both.
 
-    python benchmarks/bench_train.py [--pairs 15] [--peers]
+    python benchmarks/bench_train.py [--pairs 15] [--varying]
 
 step_over_gemm    step / torch.addmm of the encoder, float32 (screening by bf16 where the start-up probe shows a gain)
 exact_over_gemm   the same without screening
 speedup_vs_dense  dense autograd step (scatter, two GEMMs forward, Adam) / step
+<preset>_over_gemm  with --varying: the step of an SAE of varying L0, float32
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 
+from saes import presets
 from saes.config import SAEConfig, TrainConfig
 from saes.kernels import Dead
+from saes.selection import threshold_for
 from saes.sources import Moments
 from saes.trainer import Trainer
 
@@ -30,14 +33,28 @@ D_MODEL, D_SAE, K, BATCH = 576, 16_384, 32, 2_048
 DEAD_SHARE = 0.05
 
 
-def make_trainer(x: torch.Tensor, screen: str) -> Trainer:
-    cfg = SAEConfig(d_sae=D_SAE, k=K, auxk=1 / 32, d_model=D_MODEL)
+def make_trainer(x: torch.Tensor, screen: str, cfg: SAEConfig | None = None) -> Trainer:
+    cfg = cfg or presets.topk(d_sae=D_SAE, k=K, d_model=D_MODEL)
     train = TrainConfig(steps=10_000, batch_size=BATCH, screen=screen, dead_window_tokens=10**12)  # type: ignore[arg-type]
     moments = Moments(len(x), x.norm(dim=1).mean().item())
     trainer = Trainer(cfg, train, moments, x.device)
     trainer.start(x)
     make_dead(trainer)
     return trainer
+
+
+def varying(x: torch.Tensor) -> dict[str, Trainer]:
+    """SAEs of varying L0 at a mean L0 of K; JumpReLU's threshold is put where it is K, as after training."""
+    out = {
+        name: make_trainer(x, "off", getattr(presets, name)(d_sae=D_SAE, d_model=D_MODEL, **more))
+        for name, more in (
+            ("batch_topk", {"k": K}), ("batch_abs_topk", {"k": K}), ("matryoshka", {"k": K}), ("jumprelu", {"auxk": 1 / 32})
+        )
+    }  # fmt: skip
+    s, rows = out["jumprelu"].sae, x[:BATCH] * out["jumprelu"].scale
+    with torch.no_grad():
+        s.threshold.fill_(threshold_for(rows - s.b_dec, s.W_enc, s.b_enc, K, signed=False))
+    return out
 
 
 def make_dead(trainer: Trainer) -> None:
@@ -109,6 +126,9 @@ def main() -> None:
         "--pairs", type=int, default=15, help="interleaved pairs (at least 15 for the record)"
     )
     parser.add_argument("--dense-pairs", type=int, default=5, help="pairs with the slow dense step")
+    parser.add_argument(
+        "--varying", action="store_true", help="also time SAEs whose L0 varies, at a mean L0 of K"
+    )
     args = parser.parse_args()
     gen = torch.Generator().manual_seed(0)
     atoms = torch.randn(2048, D_MODEL, generator=gen)
@@ -146,6 +166,11 @@ def main() -> None:
     print(f"encoder GEMM {statistics.median(t['gemm']) * 1e3:.0f} ms, step {statistics.median(t['step']) * 1e3:.0f} ms, "
           f"without screening {statistics.median(t['exact']) * 1e3:.0f} ms, "
           f"dense autograd {statistics.median(d['dense']) * 1e3:.0f} ms")  # fmt: skip
+    if args.varying:
+        trainers = varying(x)
+        steps = {name: lambda t=t: t.step(batch, 0) for name, t in trainers.items()}
+        times = interleave({"gemm": gemm} | steps, args.pairs)
+        result |= {f"{name}_over_gemm": round(ratio(times, name, "gemm"), 3) for name in trainers}
     print("GPU: not measured")
     print(json.dumps(result))
 

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cache.catalog import connect
+    from cache.contexts import build_contexts, grid_columns
     from cache.corpus import Corpus, build_corpus
     from cache.harvesting import harvest
     from cache.models import LanguageModel, load_model
+    from cache.module_model import ModuleModel, load_module
+    from cache.ring import Ring, harvest_ring
     from cache.store import ActivationStore, Stats
     from cache.stream import Batch
     from cache.workspace import workspace_path
@@ -22,11 +25,17 @@ _EXPORTS = {
     "Batch": "cache.stream",
     "Corpus": "cache.corpus",
     "LanguageModel": "cache.models",
+    "ModuleModel": "cache.module_model",
+    "Ring": "cache.ring",
     "Stats": "cache.store",
+    "build_contexts": "cache.contexts",
     "build_corpus": "cache.corpus",
     "connect": "cache.catalog",
+    "grid_columns": "cache.contexts",
     "harvest": "cache.harvesting",
+    "harvest_ring": "cache.ring",
     "load_model": "cache.models",
+    "load_module": "cache.module_model",
     "workspace_path": "cache.workspace",
 }
 
@@ -35,11 +44,17 @@ __all__ = [
     "Batch",
     "Corpus",
     "LanguageModel",
+    "ModuleModel",
+    "Ring",
     "Stats",
+    "build_contexts",
     "build_corpus",
     "connect",
+    "grid_columns",
     "harvest",
+    "harvest_ring",
     "load_model",
+    "load_module",
     "workspace_path",
 ]
 

@@ -3,8 +3,10 @@
 Folder corpora/<fingerprint16>/ : tokens.parquet (one row per token, sorted by (seq, pos), no padding),
 docs.parquet, vocab.parquet, corpus.json. The index of a row in tokens.parquet is the ROW ID that activation
 stores, codes and features refer to. Columns of tokens: seq, pos (place in the forward pass; 0 = attention sink),
-doc, doc_pos, tok, role, flags (1 first in context, 2 special id, 4 not assistant; the last only in dialogues),
-split (0 train, 1 held out: one document in ten, chosen by a hash of its token ids before anything is packed).
+doc, doc_pos, tok, role (0 none, 1 system, 2 user, 3 assistant, 4 tool, 5 other), flags (1 first in context,
+2 special id or token of the chat template, 4 not of an assistant's message; the last only in dialogues), split
+(0 train, 1 held out: one document in ten, chosen by a hash of its token ids before anything is packed), and any
+further columns that a table of contexts brings (cache/contexts.py).
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import DataError, MissingDataError, UsageError
-from cache.packing import COLUMNS, Packing, pack, split_of
+from cache.packing import COLUMNS, Packing, add_roles, pack
 from cache.provenance import provenance
-from cache.sources import Document, Label, Source, open_source
-from cache.vocab import prepends_bos, tokenizer_sha256, vocab_strings
+from cache.sources import Fields, Label, Source, open_source
+from cache.tokenising import Tokenised, tokenise
+from cache.vocab import prepends_bos, template_sha256, tokenizer_sha256, vocab_strings
 from cache.workspace import atomic_dir, canonical_json, read_json, workspace_path, write_json
 
 SCHEMA_VERSION = 1
-MODES = ("document", "packed")
-_DOCS_PER_CALL = 256
+MODES = ("document", "packed", "dialogue")
 _ROWS_PER_GROUP = 122_880
 
 
@@ -61,8 +62,9 @@ class Corpus:
 
     def column(self, name: str) -> np.ndarray:
         """A whole column of the token table, in row order; read-only."""
-        if name not in COLUMNS:
-            raise UsageError(f"no token column {name!r}: there are {', '.join(COLUMNS)}")
+        known = [*COLUMNS, *self.meta.get("columns", {})]
+        if name not in known:
+            raise UsageError(f"no token column {name!r}: there are {', '.join(known)}")
         if name not in self._columns:
             try:
                 table = pq.read_table(self.path / "tokens.parquet", columns=[name])
@@ -75,6 +77,10 @@ class Corpus:
             self._columns[name] = values
         return self._columns[name]
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether a column is in memory."""
+        return name in self._columns
+
     @functools.cached_property
     def seq_offsets(self) -> np.ndarray:
         """int64 [n_seqs + 1]: sequence s is rows seq_offsets[s] … seq_offsets[s + 1] − 1."""
@@ -85,6 +91,16 @@ class Corpus:
     def vocab(self) -> list[str]:
         """Text of each token id."""
         return pq.read_table(self.path / "vocab.parquet", columns=["token"]).column("token").to_pylist()
+
+    @functools.cached_property
+    def inputs(self) -> np.ndarray | None:
+        """Inputs [n_seqs, …] of a table of contexts, mapped from disk; None for a corpus of text."""
+        path = self.path / "inputs.npy"
+        if "inputs_sha256" not in self.meta:
+            return None
+        if not path.exists():
+            raise MissingDataError(f"{path} is gone: build the contexts again")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def docs(self) -> pa.Table:
         """doc, sha, split, n_tokens, source and the label_* columns."""
@@ -103,7 +119,7 @@ def list_corpora(workspace: str | os.PathLike[str] | None = None) -> list[Corpus
 
 
 def build_corpus(
-    source: str | os.PathLike[str] | Iterable[str],
+    source: str | os.PathLike[str] | Iterable[Any],
     tokenizer: Any,
     *,
     mode: str = "document",
@@ -112,50 +128,93 @@ def build_corpus(
     workspace: str | os.PathLike[str] | None = None,
     name: str | None = None,
     labels: Mapping[str, Sequence[Label]] | None = None,
+    text_field: str | None = None,
+    label_fields: Sequence[str] = (),
 ) -> Corpus:
-    """Tokenise `source` (packaged corpus, .txt/.jsonl/.csv/.parquet path, or strings) into a frozen token table.
+    """Tokenise `source` into a frozen token table.
 
+    `source`: a packaged corpus, a .txt/.jsonl/.csv/.parquet file, a data set (hf:owner/name, a folder, a `datasets`
+    object), or an iterable of strings, rows or, with mode="dialogue", lists of messages. Rows have their text in
+    `text_field` and may have labels: fields called label_* and those in `label_fields`.
     `max_tokens` takes whole documents in order and stops before the one that would pass it (the first is always
     taken). An identical call on a packaged corpus or an unchanged file returns the existing table at once.
     """
     started = time.time()
     root = workspace_path(workspace)
     packing = _packing(tokenizer, mode, context)
-    opened = open_source(source, workspace=root, labels=labels)
-    policy = {"mode": mode, "context": context, "prepend_bos": packing.bos is not None}
+    fields = Fields(dialogue=mode == "dialogue", text=text_field, labels=tuple(label_fields))
+    opened = open_source(source, workspace=root, labels=labels, fields=fields)
+    policy: dict[str, Any] = {"mode": mode, "context": context, "prepend_bos": packing.bos is not None}
+    if fields.dialogue:
+        policy["template_sha256"] = template_sha256(tokenizer)
     tokenizer_sha = tokenizer_sha256(tokenizer)
-    key = _inputs_key(opened, policy, tokenizer_sha, max_tokens, labels)
+    key = _inputs_key(opened, policy, tokenizer_sha, max_tokens, labels, fields)
     if key is not None and (existing := _find_existing(root, key)) is not None:
         return existing
 
-    docs, ids = _tokenise(opened, tokenizer, max_tokens)
-    columns = pack(ids, packing)
-    docs_table = _docs_table(docs, ids)
-    fingerprint = _fingerprint(columns, docs_table, tokenizer_sha, policy)
-    folder = root / "corpora" / fingerprint[:16]
+    docs = tokenise(
+        opened.documents,
+        tokenizer,
+        dialogue=fields.dialogue,
+        max_tokens=max_tokens,
+        context=context,
+        name=opened.name,
+    )
+    columns = pack(docs.ids, packing, docs.split)
+    if fields.dialogue:
+        columns = add_roles(columns, docs.role, docs.template)
+    table = docs_table(docs)
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint_of(columns, table, [tokenizer_sha, policy]),
+        "inputs_key": key,
+        "name": name or opened.name,
+        **policy,
+        "tokenizer_sha256": tokenizer_sha,
+        "max_tokens": max_tokens,
+        "truncated_docs": docs.truncated_docs,
+        "truncated_tokens": docs.truncated_tokens,
+        "provenance": provenance(started=started, source=opened.name, source_key=opened.key),
+    }
+    return write_corpus(root, columns, table, lambda: vocab_strings(tokenizer), meta)
+
+
+def write_corpus(
+    root: Path,
+    columns: dict[str, np.ndarray],
+    docs: pa.Table,
+    vocab: Callable[[], list[str]],
+    meta: dict[str, Any],
+    *,
+    files: Mapping[str, Callable[[Path], None]] | None = None,
+) -> Corpus:
+    """Freeze a table in corpora/<fingerprint>, unless it is there already; `files` are written beside it."""
+    folder = root / "corpora" / meta["fingerprint"][:16]
     if not (folder / "corpus.json").exists():
-        meta = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint,
-            "inputs_key": key,
-            "name": name or opened.name,
-            **policy,
-            "tokenizer_sha256": tokenizer_sha,
-            "max_tokens": max_tokens,
+        counts = {
             "n_tokens": len(columns["tok"]),
             "n_seqs": int(columns["seq"][-1]) + 1,
-            "n_docs": len(docs),
+            "n_docs": docs.num_rows,
             "n_heldout_tokens": int(columns["split"].sum()),
-            "provenance": provenance(started=started, source=opened.name, source_key=opened.key),
         }
-        _write(folder, columns, docs_table, vocab_strings(tokenizer), meta)
+        words = vocab()
+        with atomic_dir(folder) as tmp:
+            tokens = pa.table(columns)
+            pq.write_table(tokens, tmp / "tokens.parquet", compression="zstd", row_group_size=_ROWS_PER_GROUP)
+            pq.write_table(docs, tmp / "docs.parquet", compression="zstd")
+            table = {"tok": pa.array(range(len(words)), pa.int32()), "token": pa.array(words, pa.string())}
+            pq.write_table(pa.table(table), tmp / "vocab.parquet", compression="zstd")
+            for filename, write in (files or {}).items():
+                write(tmp / filename)
+            write_json(tmp / "corpus.json", meta | counts)
     return Corpus.open(folder)
 
 
 def _packing(tokenizer: Any, mode: str, context: int) -> Packing:
     if mode not in MODES:
-        raise UsageError(f"no corpus mode {mode!r}: the modes are {' and '.join(repr(m) for m in MODES)}")
-    bos = tokenizer.bos_token_id if prepends_bos(tokenizer) else None
+        raise UsageError(f"no corpus mode {mode!r}: the modes are {', '.join(repr(m) for m in MODES)}")
+    # A chat template writes the BOS itself.
+    bos = tokenizer.bos_token_id if prepends_bos(tokenizer) and mode != "dialogue" else None
     if context < 2:
         raise UsageError(f"context is {context}: a row of a forward pass needs at least 2 tokens")
     if mode == "packed" and tokenizer.eos_token_id is None:
@@ -177,11 +236,14 @@ def _inputs_key(
     tokenizer_sha: str,
     max_tokens: int | None,
     labels: Mapping[str, Sequence[Label]] | None,
+    fields: Fields,
 ) -> str | None:
     if opened.key is None:
         return None
     value = [SCHEMA_VERSION, opened.name, opened.key, policy, tokenizer_sha, max_tokens]
     value.append({k: list(v) for k, v in labels.items()} if labels else None)
+    if fields.text or fields.labels:
+        value.append([fields.text, list(fields.labels)])
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
@@ -192,77 +254,30 @@ def _find_existing(root: Path, key: str) -> Corpus | None:
     return None
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    stream = iter(documents)
-    while chunk := list(islice(stream, _DOCS_PER_CALL)):
-        yield chunk
-
-
-def _tokenise(
-    opened: Source, tokenizer: Any, max_tokens: int | None
-) -> tuple[list[Document], list[np.ndarray]]:
-    """Documents that have at least one token, and their ids without special tokens added."""
-    docs: list[Document] = []
-    ids: list[np.ndarray] = []
-    total = 0
-    for chunk in _chunks(opened.documents):
-        encoded = tokenizer(
-            [d.text for d in chunk],
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for doc, tokens in zip(chunk, encoded["input_ids"]):
-            if max_tokens is not None and ids and total + len(tokens) > max_tokens:
-                return docs, ids
-            if len(tokens):
-                docs.append(doc)
-                ids.append(np.asarray(tokens, dtype=np.int32))
-                total += len(tokens)
-    if not ids:
-        raise DataError(f"corpus {opened.name!r} has no tokens: it is empty, or all its documents are")
-    return docs, ids
-
-
-def _docs_table(docs: Sequence[Document], ids: Sequence[np.ndarray]) -> pa.Table:
-    labels = list(dict.fromkeys(k for d in docs for k in d.labels))
+def docs_table(docs: Tokenised) -> pa.Table:
+    """One row a document: doc, sha, split, n_tokens, source, and the labels."""
+    labels = list(dict.fromkeys(k for d in docs.labels for k in d))
     columns = {
         "doc": pa.array(range(len(docs)), pa.int32()),
-        "sha": [hashlib.sha256(d.text.encode()).hexdigest() for d in docs],
-        "split": pa.array([split_of(i) for i in ids], pa.uint8()),
-        "n_tokens": pa.array([len(i) for i in ids], pa.int32()),
-        "source": [d.source for d in docs],
+        "sha": docs.sha,
+        "split": pa.array(docs.split, pa.uint8()),
+        "n_tokens": pa.array([len(i) for i in docs.ids], pa.int32()),
+        "source": docs.source,
     }
     for name in labels:
         try:
-            columns[name] = pa.array([d.labels.get(name) for d in docs])
+            columns[name] = pa.array([d.get(name) for d in docs.labels])
         except pa.ArrowException as e:
             raise DataError(f"{name} mixes types ({e}): use one type for all documents") from e
     return pa.table(columns)
 
 
-def _fingerprint(
-    columns: dict[str, np.ndarray], docs: pa.Table, tokenizer_sha: str, policy: dict[str, Any]
-) -> str:
-    """Content id: token columns, tokenizer, context policy, and the labels where there are any."""
-    digest = hashlib.sha256(canonical_json([SCHEMA_VERSION, tokenizer_sha, policy]).encode())
-    for name in COLUMNS:
-        digest.update(name.encode() + b"\0" + np.ascontiguousarray(columns[name]).tobytes())
+def fingerprint_of(columns: dict[str, np.ndarray], docs: pa.Table, policy: list[Any]) -> str:
+    """Content id: token columns, tokenizer and context policy, and the labels where there are any."""
+    digest = hashlib.sha256(canonical_json([SCHEMA_VERSION, *policy]).encode())
+    for name, column in columns.items():
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(column).tobytes())
     for name in docs.column_names:
         if name.startswith("label_"):
             digest.update(repr((name, docs.column(name).to_pylist())).encode())
     return digest.hexdigest()
-
-
-def _write(
-    folder: Path, columns: dict[str, np.ndarray], docs: pa.Table, vocab: list[str], meta: dict[str, Any]
-) -> None:
-    words = pa.table({"tok": pa.array(range(len(vocab)), pa.int32()), "token": pa.array(vocab, pa.string())})
-    with atomic_dir(folder) as tmp:
-        tokens = pa.table({name: columns[name] for name in COLUMNS})
-        pq.write_table(tokens, tmp / "tokens.parquet", compression="zstd", row_group_size=_ROWS_PER_GROUP)
-        pq.write_table(docs, tmp / "docs.parquet", compression="zstd")
-        pq.write_table(words, tmp / "vocab.parquet", compression="zstd")
-        write_json(tmp / "corpus.json", meta)

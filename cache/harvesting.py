@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cache.corpus import Corpus
 from cache.errors import DataError, UsageError
-from cache.models import LanguageModel
-from cache.progress import Bar, progress
+from cache.progress import progress
+from cache.protocol import HookedModel
 from cache.store import ActivationStore
 from cache.writer import TORCH_DTYPE
 
@@ -30,6 +30,10 @@ BATCH_TOKENS = 2048
 AUTO_FP16_BELOW = 32_000.0
 """`dtype="auto"` stores fp16 if a probe of the model stays below this (half of the fp16 limit), else bf16."""
 PROBE_TOKENS = 512
+
+
+if TYPE_CHECKING:
+    from cache.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,24 @@ class PlannedBatch:
     """int64 [n]: index of each real token in the flattened [B · T]."""
     rows: Tensor
     """int64 [n]: row id of each real token, aligned with `source`."""
+    width: int
+    """T: rows that the model must give for each context."""
+
+    def real(self, x: Tensor, hook: str) -> Tensor:
+        """The rows [n, d] of an activation [B, T, d] that are of real tokens."""
+        if x.shape[1] != self.width:
+            raise UsageError(
+                f"{hook} has {x.shape[1]} rows a context, the table has {self.width}: build one for this hook with "
+                f"build_contexts(inputs, rows={x.shape[1]})"
+            )
+        return x.flatten(0, 1).index_select(0, self.source.to(x.device))
 
 
 def plan_batches(corpus: Corpus, seq0: int, seq1: int, batch_tokens: int) -> Iterator[PlannedBatch]:
     """Batches that cover sequences seq0 … seq1 − 1, shortest first."""
+    if getattr(corpus, "inputs", None) is not None:
+        yield from _plan_contexts(corpus, seq0, seq1, batch_tokens)
+        return
     offsets, tok = corpus.seq_offsets, corpus.column("tok")
     lengths = np.diff(offsets[seq0 : seq1 + 1])
     order = np.argsort(lengths, kind="stable")
@@ -67,12 +85,54 @@ def plan_batches(corpus: Corpus, seq0: int, seq1: int, batch_tokens: int) -> Ite
             torch.from_numpy(tokens),
             torch.from_numpy(np.concatenate(source)),
             torch.from_numpy(np.concatenate(rows)),
+            width,
         )
         start = end
 
 
+def _plan_contexts(corpus: Corpus, seq0: int, seq1: int, batch_tokens: int) -> Iterator[PlannedBatch]:
+    """Inputs of a table of contexts, which all have the same number of rows."""
+    inputs, width = corpus.inputs, corpus.context
+    assert inputs is not None
+    step = max(1, batch_tokens // width)
+    for a in range(seq0, seq1, step):
+        b = min(a + step, seq1)
+        tokens = torch.from_numpy(np.array(inputs[a:b]))
+        yield PlannedBatch(tokens, torch.arange((b - a) * width), torch.arange(a * width, b * width), width)
+
+
+@overload
 def harvest(
-    model: LanguageModel,
+    model: HookedModel,
+    corpus: Corpus,
+    *,
+    hooks: str | Sequence[str],
+    workspace: str | os.PathLike[str] | None = ...,
+    batch_tokens: int = ...,
+    rows_per_shard: int | None = ...,
+    dtype: str = ...,
+    show_progress: bool = ...,
+    dry_run: Literal[False] = ...,
+) -> ActivationStore: ...
+
+
+@overload
+def harvest(
+    model: HookedModel,
+    corpus: Corpus,
+    *,
+    hooks: str | Sequence[str],
+    workspace: str | os.PathLike[str] | None = ...,
+    batch_tokens: int = ...,
+    rows_per_shard: int | None = ...,
+    dtype: str = ...,
+    show_progress: bool = ...,
+    dry_run: Literal[True],
+) -> Estimate: ...
+
+
+def harvest(
+    model: HookedModel,
     corpus: Corpus,
     *,
     hooks: str | Sequence[str],
@@ -81,22 +141,31 @@ def harvest(
     rows_per_shard: int | None = None,
     dtype: str = "auto",
     show_progress: bool = True,
-) -> ActivationStore:
+    dry_run: bool = False,
+) -> ActivationStore | Estimate:
     """Store the activations of `model` at `hooks` for every token of `corpus`; resumes.
 
-    `dtype` is fp16, bf16, fp32 or auto. `store.last_run` tells tokens, seconds, forward_seconds and write_seconds
+    `dtype` is fp16, bf16, fp32 or auto. With `dry_run` nothing is stored, and an `Estimate` of what is missing comes
+    back: tokens, disk, peak memory and seconds. `store.last_run` tells tokens, seconds, forward_seconds and write_seconds
     (the writer's thread, in parallel to the model).
     """
     started = time.monotonic()
     wanted = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
-    _check(model, corpus, wanted, batch_tokens, dtype)
-    identity = model.identity | {
-        "corpus": corpus.fingerprint,
-        "context": corpus.context,
-        "prepend_bos": bool(corpus.meta["prepend_bos"]),
-    }
+    check_request(model, corpus, wanted, batch_tokens, dtype)
+    identity = store_identity(model, corpus)
+    if dry_run:
+        from cache.estimate import estimate
+
+        return estimate(
+            model, corpus, wanted, identity=identity, workspace=workspace, batch_tokens=batch_tokens,
+            rows_per_shard=rows_per_shard, dtype=dtype,
+        )  # fmt: skip
     store = ActivationStore.create(
-        workspace, identity, corpus, rows_per_shard=rows_per_shard, model_source=model.source
+        workspace,
+        identity,
+        corpus,
+        rows_per_shard=rows_per_shard,
+        model_source=model.source,
     )
     dtypes = _known_dtypes(store, wanted, dtype)
     missing = {h: set(range(len(store.shards))) - store.committed(h) for h in wanted}
@@ -105,18 +174,22 @@ def harvest(
     if not todo:
         return store
 
-    dtypes |= _probed_dtypes(model, store, [h for h in wanted if h not in dtypes], todo[0])
+    probed = [h for h in wanted if h not in dtypes]
+    dtypes |= probed_dtypes(model, corpus, store.shards[todo[0]][:2], probed)
     rows = sum(store.shards[s][3] - store.shards[s][2] for s in todo)
     done = corpus.n_tokens - rows
     shown = progress("harvest", corpus.n_tokens, unit="tok", done=done) if show_progress else nullcontext()
-    forward_seconds = 0.0
+    forward_seconds, pending, room = 0.0, 0, _Buffers(store, todo)
     with shown as bar, store.writer() as writer:
         for number, shard in enumerate(todo, 1):
             if bar is not None:
                 bar.note(f"shard {number}/{len(todo)}")
             here = {h: dtypes[h] for h in wanted if shard in missing[h]}
-            values, seconds = _run_shard(model, store, shard, here, batch_tokens, bar)
-            forward_seconds += seconds
+            tick = None if bar is None else bar.advance
+            writer.wait(pending)  # of the shard before; the buffers of the one before that are free
+            out = room.take(shard, {h: (model.d_hook(h), t) for h, t in here.items()})
+            values, seconds = run_shard(model, store, shard, here, batch_tokens, tick, out)
+            forward_seconds, pending = forward_seconds + seconds, len(values)
             for hook, x in values.items():
                 writer.submit(shard, hook, x)
     store.last_run = {
@@ -128,32 +201,77 @@ def harvest(
     return store
 
 
-def _run_shard(
-    model: LanguageModel,
+class _Buffers:
+    """Two sets of vectors in turn, one filled while the other is written: the memory of a harvest has a bound."""
+
+    def __init__(self, store: ActivationStore, todo: Sequence[int]) -> None:
+        self._shards = store.shards
+        self._rows = max(store.shards[s][3] - store.shards[s][2] for s in todo)
+        self._sets: list[dict[str, Tensor]] = [{}, {}]
+
+    def take(self, shard: int, shapes: dict[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:
+        """Room for one shard, [rows, d] per hook."""
+        self._sets.reverse()
+        mine, rows = self._sets[0], self._shards[shard][3] - self._shards[shard][2]
+        for hook, (d, dtype) in shapes.items():
+            if hook not in mine:
+                mine[hook] = torch.empty(self._rows, d, dtype=dtype)
+        return {hook: mine[hook][:rows] for hook in shapes}
+
+
+def run_shard(
+    model: HookedModel,
     store: ActivationStore,
     shard: int,
     dtypes: dict[str, torch.dtype],
     batch_tokens: int,
-    bar: Bar | None,
+    tick: Callable[[int], None] | None = None,
+    out: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
-    """Vectors of one shard, [rows, d] per hook on the CPU, and the seconds spent in the model."""
+    """Vectors of one shard, [rows, d] per hook on the CPU, and the seconds spent in the model.
+
+    `tick` is called with the number of tokens after every batch; `out` is memory to use, [rows, d] per hook.
+    """
     seq0, seq1, row0, row1 = store.shards[shard]
-    out = {h: torch.empty(row1 - row0, model.d_hook(h), dtype=t) for h, t in dtypes.items()}
+    if out is None:
+        out = {h: torch.empty(row1 - row0, model.d_hook(h), dtype=t) for h, t in dtypes.items()}
     seconds = 0.0
     for batch in plan_batches(store.corpus, seq0, seq1, batch_tokens):
         began = time.monotonic()
-        acts = model.capture(batch.tokens, list(dtypes))
+        acts = _capture(model, batch.tokens, list(dtypes))
         seconds += time.monotonic() - began
         for hook, x in acts.items():
-            x = x.flatten(0, 1).index_select(0, batch.source.to(x.device))
+            x = batch.real(x, hook)
             _refuse_bad(x, batch.rows, hook, dtypes[hook], store.corpus)
             out[hook][batch.rows - row0] = x.to(dtypes[hook]).cpu()
-        if bar is not None:
-            bar.advance(len(batch.rows))
+        if tick is not None:
+            tick(len(batch.rows))
     return out, seconds
 
 
-def _check(model: LanguageModel, corpus: Corpus, hooks: list[str], batch_tokens: int, dtype: str) -> None:
+def _capture(model: HookedModel, tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
+    """Activations of the model as it is loaded; what an edit changes is another model's."""
+    with model.running:
+        if model.edits_open:
+            raise UsageError(
+                f"{model.name} is edited or spliced at the moment: leave that `with` block before harvesting"
+            )
+        return model.capture(tokens, hooks)
+
+
+def store_identity(model: HookedModel, corpus: Corpus) -> dict[str, Any]:
+    """Everything that determines the activations of `model` over `corpus`."""
+    return model.identity | {
+        "corpus": corpus.fingerprint,
+        "context": corpus.context,
+        "prepend_bos": bool(corpus.meta["prepend_bos"]),
+    }
+
+
+def check_request(
+    model: HookedModel, corpus: Corpus, hooks: list[str], batch_tokens: int, dtype: str
+) -> None:
+    """Refuse what a harvest of these hooks could not do."""
     if not hooks:
         raise UsageError("no hooks to harvest: name at least one, e.g. 'blocks.0.hook_resid_post'")
     for name in hooks:
@@ -162,7 +280,15 @@ def _check(model: LanguageModel, corpus: Corpus, hooks: list[str], batch_tokens:
         raise UsageError(f"no store dtype {dtype!r}: choose auto, {', '.join(TORCH_DTYPE)}")
     if batch_tokens < 1:
         raise UsageError(f"batch_tokens is {batch_tokens}: give at least 1")
-    if corpus.meta["tokenizer_sha256"] != model.identity["tokenizer_sha256"]:
+    if corpus.inputs is not None and model.identity["backend"] != "module":
+        raise UsageError(
+            f"{corpus.meta['name']!r} is a table of contexts for a module, {model.name} takes text: use build_corpus"
+        )
+    if corpus.inputs is None and model.identity["tokenizer_sha256"] is None:
+        raise UsageError(
+            f"{model.name} has no tokenizer: give it contexts, or name its tokenizer in load_module(tokenizer=…)"
+        )
+    if corpus.inputs is None and corpus.meta["tokenizer_sha256"] != model.identity["tokenizer_sha256"]:
         raise DataError(
             f"the corpus {corpus.meta['name']!r} was tokenised by another tokenizer than {model.name}'s: "
             "build it again with model.tokenizer"
@@ -189,18 +315,18 @@ def _known_dtypes(store: ActivationStore, hooks: list[str], dtype: str) -> dict[
     return out
 
 
-def _probed_dtypes(
-    model: LanguageModel, store: ActivationStore, hooks: list[str], shard: int
+def probed_dtypes(
+    model: HookedModel, corpus: Corpus, seqs: tuple[int, int], hooks: list[str]
 ) -> dict[str, torch.dtype]:
-    """fp16 for the hooks whose probe leaves enough room, else bf16."""
+    """fp16 for the hooks whose probe, of some sequences `seqs`, leaves enough room, else bf16."""
     if not hooks:
         return {}
     # The longest sequences: short ones do not show how far a stream can go.
-    *_, batch = plan_batches(store.corpus, *store.shards[shard][:2], PROBE_TOKENS)
+    *_, batch = plan_batches(corpus, *seqs, PROBE_TOKENS)
     out: dict[str, torch.dtype] = {}
-    for hook, x in model.capture(batch.tokens, hooks).items():
-        x = x.flatten(0, 1).index_select(0, batch.source.to(x.device))
-        _refuse_bad(x, batch.rows, hook, torch.float32, store.corpus)
+    for hook, x in _capture(model, batch.tokens, hooks).items():
+        x = batch.real(x, hook)
+        _refuse_bad(x, batch.rows, hook, torch.float32, corpus)
         out[hook] = torch.float16 if float(x.abs().max()) < AUTO_FP16_BELOW else torch.bfloat16
     return out
 
@@ -226,7 +352,7 @@ def _refuse_bad(x: Tensor, rows: Tensor, hook: str, dtype: torch.dtype, corpus: 
 
 
 def bare_forward_rate(
-    model: LanguageModel,
+    model: HookedModel,
     corpus: Corpus,
     hooks: str | Sequence[str],
     n_batches: int | None = None,

@@ -8,8 +8,9 @@ eager attention. Activations are [B, T, d] in the dtype of the forward pass; hea
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class LanguageModel:
         self._unembed: Tensor = head.weight
         self.d_vocab = int(self._unembed.shape[0])
         self._final_norm = _FinalNorm(hf)
+        self.running = threading.RLock()
+        """Held during a pass: hooks of a pass in one thread must not see the activations of another's."""
+        self.edits_open = 0
+        """Contexts of `hooked` that are open."""
         self._backend: Any = self._make_backend(path)
         hf.requires_grad_(False)  # the bridge turns gradients of the weights on
         self._check()
@@ -116,7 +121,8 @@ class LanguageModel:
         for name in wanted:
             self.check_hook(name)
         tokens, inputs = self._inputs(tokens, attention_mask)
-        return self._backend.capture(tokens, wanted, inputs)
+        with self.running:
+            return self._backend.capture(tokens, wanted, inputs)
 
     @contextmanager
     def hooked(self, edits: Mapping[str, Edit]) -> Iterator[LanguageModel]:
@@ -126,8 +132,14 @@ class LanguageModel:
         """
         for name in edits:
             self.check_hook(name)
-        with self._backend.hooked(edits):
-            yield self
+        with ExitStack() as stack:
+            with self.running:
+                stack.enter_context(self._backend.hooked(edits))
+                self.edits_open += 1
+            try:
+                yield self
+            finally:
+                self.edits_open -= 1
 
     # ---------------------------------------------------------------- forward
 
@@ -143,7 +155,8 @@ class LanguageModel:
         With `past`, `tokens` are the new ones only, and a mask covers the old ones too.
         """
         tokens, inputs = self._inputs(tokens, attention_mask)
-        out = self._backend.forward(tokens, {**inputs, "past_key_values": past, "use_cache": use_cache})
+        with self.running:
+            out = self._backend.forward(tokens, {**inputs, "past_key_values": past, "use_cache": use_cache})
         return out.logits, (out.past_key_values if use_cache else None)
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:

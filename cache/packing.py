@@ -3,9 +3,10 @@
 document  each document starts a row of its own; one longer than the context continues in the next rows
 packed    documents of one split are joined by a separator (eos) and cut every `context` tokens; train blocks
           come first, held-out blocks after them, so that no block ever holds tokens of both
+dialogue  as document; dialogues come already cut to the context, and with the role of every token
 
-No token is lost in either mode, and padding is never stored. With a BOS, every row starts with one, and it counts
-towards the context.
+Padding is never stored. With a BOS, every row starts with one, and it counts towards the context; a chat template
+writes its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import xxhash
 
 TRAIN, HELDOUT = 0, 1
 FLAG_FIRST, FLAG_SPECIAL, FLAG_NOT_ASSISTANT = 1, 2, 4
-ROLE_NONE = 0
+ROLE_NONE, ROLE_ASSISTANT = 0, 3
 BOS_DOC_POS = -1
 """`doc_pos` of a BOS row: it is no token of the document."""
 HELDOUT_PER_MILLE = 100
@@ -37,8 +38,12 @@ COLUMNS: dict[str, type[np.generic]] = {
 
 def split_of(ids: Sequence[int] | np.ndarray) -> int:
     """Split of a document, from its token ids alone: the same text is on the same side in every corpus."""
-    digest = xxhash.xxh3_64_intdigest(np.asarray(ids, dtype="<i4").tobytes())
-    return HELDOUT if digest % 1000 < HELDOUT_PER_MILLE else TRAIN
+    return split_of_bytes(np.asarray(ids, dtype="<i4").tobytes())
+
+
+def split_of_bytes(content: bytes) -> int:
+    """Split of anything that is bytes."""
+    return HELDOUT if xxhash.xxh3_64_intdigest(content) % 1000 < HELDOUT_PER_MILLE else TRAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Packing:
     """How token ids become rows."""
 
     mode: str
-    """"document" or "packed"."""
+    """"document", "packed" or "dialogue"."""
     context: int
     """Longest row of a forward pass, in tokens, BOS included."""
     bos: int | None = None
@@ -62,11 +67,13 @@ class Packing:
         return self.context - (self.bos is not None)
 
 
-def pack(docs: Sequence[np.ndarray], packing: Packing) -> dict[str, np.ndarray]:
+def pack(
+    docs: Sequence[np.ndarray], packing: Packing, splits: Sequence[int] | np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Token-table columns, sorted by (seq, pos), of documents given as int32 arrays (none of them empty)."""
-    splits = np.array([split_of(d) for d in docs], dtype=np.uint8)
+    splits = np.array([split_of(d) for d in docs] if splits is None else splits, dtype=np.uint8)
     lengths = np.array([len(d) for d in docs], dtype=np.int64)
-    if packing.mode == "document":
+    if packing.mode != "packed":
         order = np.arange(len(docs))
         parts = [_stream(docs, order, None)]
         starts = [_document_starts(lengths, packing.body)]
@@ -102,6 +109,16 @@ def _stream(docs: Sequence[np.ndarray], order: np.ndarray, separator: int | None
         "doc": np.repeat(order, lengths).astype(np.int32),
         "doc_pos": (np.arange(lengths.sum()) - np.repeat(first, lengths)).astype(np.int32),
     }
+
+
+def add_roles(
+    table: dict[str, np.ndarray], role: Sequence[np.ndarray], template: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The table of dialogues with their roles, flag 2 on every token of the template, flag 4 off the assistant."""
+    roles = np.concatenate(role)
+    flags = table["flags"] | (FLAG_SPECIAL * np.concatenate(template)).astype(np.uint8)
+    flags |= (FLAG_NOT_ASSISTANT * (roles != ROLE_ASSISTANT)).astype(np.uint8)
+    return table | {"role": roles, "flags": flags}
 
 
 def _finish(

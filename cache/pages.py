@@ -10,7 +10,8 @@ Parquet checks nothing about those bytes, so every read checks the page header a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -82,6 +83,28 @@ def write_shard(
             arrays += [_fixed(a) for a in part.values()]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=rows)
             hashes.append({name: xxhash.xxh3_64_hexdigest(a.data) for name, a in part.items()})
+    return _locate(path, columns, hashes)
+
+
+def write_groups(path: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> list[Group]:
+    """Write wide columns alone, one row group for each mapping as it comes; return the row groups.
+
+    For data that should not be held whole. Every mapping has the same columns and widths, and at most MAX_GROUP_ROWS
+    rows; at least one is needed. The path is written directly: wrap the call in `workspace.atomic_file`.
+    """
+    hashes: list[dict[str, str]] = []
+    columns: dict[str, np.ndarray] = {}
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for group in groups:
+            columns = {name: as_bytes(array) for name, array in group.items()}
+            schema = _schema(pa.schema([]), columns, None)
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(path, schema, **_settings([], columns)))
+            arrays = [_fixed(a) for a in columns.values()]
+            rows = len(arrays[0])
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=rows)
+            hashes.append({name: xxhash.xxh3_64_hexdigest(a.data) for name, a in columns.items()})
     return _locate(path, columns, hashes)
 
 
@@ -166,6 +189,13 @@ class PageReader:
             self._check_header(group, column)
         self._fill(out, page["offset"] + start * page["width"])
 
+    def will_need(self, group: int, column: str) -> None:
+        """Ask the system to read these values ahead; returns at once."""
+        page = self.groups[group]["pages"][column]
+        if hasattr(os, "posix_fadvise"):
+            n_bytes = self.groups[group]["rows"] * page["width"]
+            os.posix_fadvise(self._fd, page["offset"], n_bytes, os.POSIX_FADV_WILLNEED)
+
     def digest(self, group: int, column: str) -> str:
         """xxh3 of the values on disk, to compare with the record's."""
         page = self.groups[group]["pages"][column]
@@ -175,7 +205,7 @@ class PageReader:
 
     def _fill(self, out: np.ndarray, offset: int) -> None:
         view = out.data.cast("B")
-        done = 0
+        done = os.preadv(self._fd, [view], offset)
         while done < len(view):  # one call reads at most 2 GB
             n = os.preadv(self._fd, [view[done:]], offset + done)
             if n <= 0:

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import DataError, MissingDataError, UsageError
+from cache.errors import DataError, MissingDataError
 from cache.pages import Group
-from cache.workspace import read_json, write_json
+from cache.workspace import read_json, write_new_json
 
 SCHEMA_VERSION = 1
-ROW_CLASSES = ("train/first", "train/rest", "heldout/first", "heldout/rest")
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 COLUMN = "x"  # name of the vector column
 
@@ -35,19 +34,6 @@ def check_schema(path: Path, value: dict[str, Any]) -> dict[str, Any]:
             "use the version that wrote it, or harvest again into another workspace"
         )
     return value
-
-
-def row_classes(split: str | None, skip: str | None) -> list[str]:
-    """Names of the row classes that `split` and `skip` select."""
-    if split not in (None, "train", "heldout"):
-        raise UsageError(f"split={split!r} is unknown: use 'train', 'heldout' or None (both)")
-    if skip not in (None, "first"):
-        raise UsageError(f"skip={skip!r} is unknown: use 'first' (no first-in-context rows) or None")
-    return [
-        name
-        for name in ROW_CLASSES
-        if (split is None or name.startswith(split)) and (skip is None or name.endswith("rest"))
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +106,8 @@ class ShardRecord:
         return total
 
     def save(self, folder: Path) -> None:
-        write_json(record_path(folder, self.shard), vars(self))
+        """Commit the shard, unless another writer has done so first: a commit is never replaced."""
+        write_new_json(record_path(folder, self.shard), vars(self))
 
     @classmethod
     def load(cls, path: Path) -> ShardRecord:

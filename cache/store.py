@@ -14,68 +14,37 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from cache.catalog import select_rows
-from cache.errors import AtomscopeError, DataError, MissingDataError, UsageError
+from cache.errors import DataError, MissingDataError, UsageError
+from cache.filters import class_mask, in_records, row_class, row_classes, shard_sums
 from cache.provenance import provenance
 from cache.records import (
-    COLUMN,
-    ROW_CLASSES,
     SCHEMA_VERSION,
     ShardRecord,
     Sums,
     list_records,
     read_store_json,
     record_path,
-    row_classes,
 )
+from cache.stats import Stats
 from cache.stream import Batch, Stream
 from cache.vectors import Vectors
 from cache.workspace import canonical_json, workspace_path, write_json
-from cache.writer import TORCH_DTYPE, ShardWriter, TokenSlices
+from cache.writer import TORCH_DTYPE, ShardWriter
 
 if TYPE_CHECKING:
+    from cache.bags import Bags
     from cache.corpus import Corpus
+    from cache.dataset import RowDataset
 
 ROWS_PER_SHARD = 65_536
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Statistics of a set of rows, in the units of the activations, float64."""
-
-    n: int
-    mean: np.ndarray  # [d]
-    var: np.ndarray  # [d], population
-    mean_norm: float
-    mean_sq_norm: float
-    max_abs: float
-
-    @property
-    def total_variance(self) -> float:
-        """E‖x − mean‖²: the denominator of the fraction of variance unexplained."""
-        return float(self.var.sum())
-
-    @classmethod
-    def of(cls, sums: Sums) -> Stats:
-        mean = sums.sum / sums.n
-        return cls(
-            n=sums.n,
-            mean=mean,
-            var=np.maximum(sums.sumsq / sums.n - mean**2, 0.0),
-            mean_norm=sums.sum_norm / sums.n,
-            mean_sq_norm=sums.sum_sq_norm / sums.n,
-            max_abs=sums.max_abs,
-        )
 
 
 class ActivationStore:
@@ -95,6 +64,7 @@ class ActivationStore:
         """Set by harvest: tokens, seconds, forward_seconds, write_seconds."""
         self._records: dict[str, dict[int, ShardRecord]] = {}
         self._vectors: dict[str, Vectors] = {}
+        self._sums: dict[tuple[str, ...], Sums] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -115,14 +85,14 @@ class ActivationStore:
         *,
         rows_per_shard: int | None = None,
         model_source: str | None = None,
+        kind: str = "activations",
     ) -> ActivationStore:
-        """Open the store of `identity` and `corpus` in the workspace, or make it.
+        """Open the store of `identity` and `corpus` in the workspace's folder `kind`, or make it.
 
         `model_source` is where to load the model again; it is no part of the identity.
         """
+        path = cls.folder_of(workspace_path(workspace), identity, corpus, kind)
         identity = {"corpus": corpus.fingerprint} | identity
-        digest = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
-        path = workspace_path(workspace) / "activations" / digest
         if not (path / "store.json").exists():
             plan = plan_shards(corpus.seq_offsets, rows_per_shard or ROWS_PER_SHARD)
             meta = {
@@ -143,6 +113,12 @@ class ActivationStore:
                 "leave rows_per_shard out to go on with it"
             )
         return store
+
+    @staticmethod
+    def folder_of(root: Path, identity: dict[str, Any], corpus: Corpus, kind: str = "activations") -> Path:
+        """Where the store of `identity` and `corpus` is, or would be."""
+        value = canonical_json({"corpus": corpus.fingerprint} | identity)
+        return root / kind / hashlib.sha256(value.encode()).hexdigest()[:16]
 
     @staticmethod
     def find_all(workspace: str | os.PathLike[str] | None = None) -> list[Path]:
@@ -264,17 +240,20 @@ class ActivationStore:
     def count(self, hook: str, classes: Sequence[str], shards: Sequence[int] | None = None) -> int:
         """Committed rows of some row classes."""
         found = self._existing(hook)
-        return sum(found[s].stats[c]["n"] for s in (found if shards is None else shards) for c in classes)
+        chosen = found if shards is None else shards
+        if in_records(classes):
+            return sum(found[s].stats[c]["n"] for s in chosen for c in classes)
+        wanted = self.class_mask(classes)
+        return sum(int(wanted[self.row_class(*self.shards[s][2:])].sum()) for s in chosen)
 
     def row_class(self, row0: int, row1: int) -> np.ndarray:
-        """Index into ROW_CLASSES of rows row0..row1, from two byte columns of the token table."""
-        first = self.corpus.column("flags")[row0:row1] & 1
-        return 2 * self.corpus.column("split")[row0:row1] + 1 - first
+        """Class of rows row0..row1 (filters.py), from two byte columns of the token table."""
+        return row_class(self.corpus.column("flags")[row0:row1], self.corpus.column("split")[row0:row1])
 
     @staticmethod
     def class_mask(classes: Sequence[str]) -> np.ndarray:
-        """Boolean look-up table over ROW_CLASSES."""
-        return np.array([name in classes for name in ROW_CLASSES])
+        """Boolean look-up table over the classes that `row_class` gives."""
+        return class_mask(classes)
 
     # ---- writing ----
 
@@ -293,13 +272,21 @@ class ActivationStore:
             return self._vectors[hook]
 
     def stats(self, hook: str, split: str | None = "train", skip: str | None = "first") -> Stats:
-        """Statistics of the committed rows, from the records alone."""
-        total = Sums.zero(self.d(hook))
+        """Statistics of the committed rows, from the records alone where `skip` is None or "first"."""
+        total, classes = Sums.zero(self.d(hook)), row_classes(split, skip)
         for record in self._existing(hook).values():
-            total = total + record.sums(row_classes(split, skip))
+            total = total + self._shard_sums(record, classes)
         if not total.n:
             raise MissingDataError(f"{hook}: no {split or ''} rows in {self.path}: harvest more text")
         return Stats.of(total)
+
+    def _shard_sums(self, record: ShardRecord, classes: list[str]) -> Sums:
+        if in_records(classes):
+            return record.sums(classes)
+        key = (record.hook, record.file, *classes)
+        if key not in self._sums:  # a pass over the vectors: once for each object
+            self._sums[key] = shard_sums(self, record, classes)
+        return self._sums[key]
 
     def stream(self, hooks: str | Sequence[str], **options: Any) -> Stream:
         """Endless shuffled batches: options of `Stream` (batch_size, seed, split, skip, window, ...)."""
@@ -321,11 +308,27 @@ class ActivationStore:
         rest = np.empty(0, np.int64)
         for row0, row1 in [*vectors.blocks.tolist(), (0, 0)]:
             first = max(row0, start_row)
+            vectors.will_need(row1)
             fresh = np.flatnonzero(wanted[self.row_class(first, row1)]) + first if first < row1 else rest[:0]
             rest = np.concatenate([rest, fresh])
             while len(rest) >= batch_size or (row1 == 0 and len(rest)):
                 ids, rest = rest[:batch_size], rest[batch_size:]
                 yield Batch(x={hook: self._gather(hook, ids).to(dtype)}, row=torch.from_numpy(ids))
+
+    def dataset(self, hooks: str | Sequence[str], **options: Any) -> RowDataset:
+        """The same rows for torch's DataLoader, with workers and ranks: options of `RowDataset`."""
+        from cache.dataset import RowDataset
+
+        return RowDataset(self, hooks, **options)
+
+    def bags(self, hook: str, **options: Any) -> Bags:
+        """(doc, x float32 [n, d], labels) of every complete document: options of `Bags` (split, skip, where, docs).
+
+        `.arrays(label)` gives them all as numpy arrays, for probes.
+        """
+        from cache.bags import Bags
+
+        return Bags(self, hook, **options)
 
     def row_ids(self, where: str) -> np.ndarray:
         """Row ids of this store's corpus for a SQL condition over the columns of the `tokens` view."""
@@ -366,28 +369,9 @@ class ActivationStore:
 
     def verify(self, hook: str | None = None) -> list[str]:
         """Problems of the committed shards: size, page headers, xxh3 of every row group, token columns."""
-        problems: list[str] = []
-        for name in [hook] if hook else self.hooks:
-            for record in self._existing(name, refresh=True).values():
-                try:
-                    problems += self._verify_shard(name, record)
-                except (AtomscopeError, OSError, pa.ArrowException) as e:
-                    problems.append(f"{self.folder(name) / record.file}: {e}")
-        return problems
+        from cache.verifying import problems
 
-    def _verify_shard(self, hook: str, record: ShardRecord) -> list[str]:
-        path = self.folder(hook) / record.file
-        reader = Vectors(self.folder(hook), [record]).reader(record.shard)
-        problems = [
-            f"{path}: row group {g} of {len(record.groups)} differs from its xxh3: delete its .json, harvest again"
-            for g, group in enumerate(record.groups)
-            if reader.digest(g, COLUMN) != group["pages"][COLUMN]["xxh3"]
-        ]
-        want = TokenSlices(self.corpus.path / "tokens.parquet").read(record.row0, record.row0 + record.rows)
-        found = pq.read_table(path, columns=want.column_names)
-        if found.columns != want.columns:
-            problems.append(f"{path}: doc, pos, tok are not the corpus's: delete its .json, harvest again")
-        return problems
+        return problems(self, [hook] if hook else self.hooks)
 
 
 def plan_shards(seq_offsets: np.ndarray, rows_per_shard: int) -> list[tuple[int, int, int, int]]:

@@ -6,6 +6,8 @@
    a batch that a window cannot fill goes on in the next one, over epochs too, so every batch is full.
 The order of rows is a function of (store, split, skip, window, seed) alone: a state (epoch, window, offset)
 resumes it exactly, with another batch size or more hooks too. Raw values; normalisation belongs to the SAE.
+With `world` readers the permuted row groups are dealt out, reader `rank` takes every world-th: in each epoch
+all readers together see every row once.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from cache.errors import DataError, MissingDataError, UsageError
-from cache.records import row_classes
+from cache.filters import row_classes
 from cache.workspace import canonical_json
 from cache.writer import TORCH_DTYPE
 
@@ -72,7 +74,8 @@ class _Output:
         self.row = torch.empty(next(iter(shapes.values()))[0], dtype=torch.int64)
         self.copied = torch.cuda.Event() if pin else None
 
-    def deliver(self) -> Batch:
+    def deliver(self, n: int) -> Batch:
+        """The first `n` rows; only the last batch of all has fewer than the whole."""
         for hook, stage in self.stage.items():
             if self.x[hook] is stage:
                 continue
@@ -80,6 +83,8 @@ class _Output:
             self.x[hook].copy_(moved)
         if self.copied is not None:
             self.copied.record()
+        if n < len(self.row):
+            return Batch(x={h: x[:n] for h, x in self.x.items()}, row=self.row[:n])
         return Batch(x=dict(self.x), row=self.row)
 
     def wait(self) -> None:
@@ -89,7 +94,11 @@ class _Output:
 
 
 class Stream(Iterator[Batch]):
-    """Endless iterator of full batches. The tensors of a batch are valid until the next but one call."""
+    """Endless iterator of full batches. The tensors of a batch are valid until the next but one call.
+
+    With `epochs` it ends after that many, counted from the very first one; the last batch may be short.
+    `rank` of `world` readers get a part each; `shards` limits all of them to what was there at one moment.
+    """
 
     def __init__(
         self,
@@ -105,26 +114,39 @@ class Stream(Iterator[Batch]):
         device: str | torch.device | None = None,
         state: dict[str, Any] | None = None,
         prefetch: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        epochs: int | None = None,
+        shards: Sequence[int] | None = None,
     ) -> None:
         self.store = store
         self.hooks = [hooks] if isinstance(hooks, str) else list(hooks)
         if not self.hooks or batch_size < 1 or window < 1 or seed < 0:
             raise UsageError("a stream needs a hook, batch_size >= 1, window >= 1 and seed >= 0")
+        if not 0 <= rank < world:
+            raise UsageError(f"rank {rank} of {world} readers does not exist: ranks are 0..{world - 1}")
         self.batch_size, self.seed, self._per_window = batch_size, seed, window
+        self.rank, self.world, self.epochs = rank, world, epochs
         classes = row_classes(split, skip)
         self._wanted = store.class_mask(classes)
-        shards = sorted(set.intersection(*(store.committed(hook) for hook in self.hooks)))
+        there = set.intersection(*(store.committed(hook) for hook in self.hooks))
+        chosen = sorted(there if shards is None else there & set(shards))
         self._vectors = {hook: store.vectors(hook) for hook in self.hooks}
-        self.rows_per_epoch = store.count(self.hooks[0], classes, shards)
+        self.rows_per_epoch = store.count(self.hooks[0], classes, chosen)
+        """Rows that all readers together see in an epoch."""
         if not self.rows_per_epoch:
             raise MissingDataError(
                 f"no {split or ''} rows that all of {', '.join(self.hooks)} hold: run harvest for these hooks"
             )
-        self._blocks = self._vectors[self.hooks[0]].blocks_of(shards)
-        self.n_windows = -(-len(self._blocks) // window)
-        self._plan = xxhash.xxh3_64_hexdigest(
-            canonical_json([self._blocks.tolist(), window, split, skip]).encode()
-        )
+        self._blocks = self._vectors[self.hooks[0]].blocks_of(chosen)
+        self._n_own = len(range(rank, len(self._blocks), world))
+        if not self._n_own:
+            raise UsageError(
+                f"{world} readers share {len(self._blocks)} row groups: use at most {len(self._blocks)} ranks x workers"
+            )
+        self.n_windows = -(-self._n_own // window)
+        plan = [self._blocks.tolist(), window, split, skip] + ([rank, world] if world > 1 else [])
+        self._plan = xxhash.xxh3_64_hexdigest(canonical_json(plan).encode())
         self.epoch = self.window = self.offset = 0
         if state is not None:
             self._restore(state)
@@ -135,9 +157,10 @@ class Stream(Iterator[Batch]):
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         largest = int((self._blocks[:, 1] - self._blocks[:, 0]).max())
         stored = {h: (v.d, TORCH_DTYPE[v.dtype]) for h, v in self._vectors.items()}
-        room = {h: (largest * min(self._per_window, len(self._blocks)), d, t) for h, (d, t) in stored.items()}
+        room = {h: (largest * min(self._per_window, self._n_own), d, t) for h, (d, t) in stored.items()}
         first = _Buffer(room)  # a store of one window is read once and then stays
-        self._now, self._spare = _Window(first), _Window(first if self.n_windows == 1 else _Buffer(room))
+        stays = self._n_own == len(self._blocks) and self.n_windows == 1
+        self._now, self._spare = _Window(first), _Window(first if stays else _Buffer(room))
         shapes = {h: (self.batch_size, d, t) for h, (d, t) in stored.items()}
         self._outputs = [_Output(shapes, dtype, device) for _ in range(2)]
 
@@ -149,8 +172,8 @@ class Stream(Iterator[Batch]):
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("plan") != self._plan:
             raise DataError(
-                "the stream state belongs to another store, split, skip or window size, or shards were added "
-                "since: resume with the settings it was made with"
+                "the stream state belongs to another store, split, skip, window size, rank or world, or shards "
+                "were added since: resume with the settings it was made with"
             )
         self.seed = int(state["seed"])
         self.epoch, self.window, self.offset = (int(state[k]) for k in ("epoch", "window", "offset"))
@@ -163,7 +186,7 @@ class Stream(Iterator[Batch]):
         out = self._outputs[0]
         out.wait()
         done = 0
-        while done < self.batch_size:
+        while done < self.batch_size and not self._ended(self.epoch):
             if self._now.key != (self.epoch, self.window):
                 self._open_window()
             now = self._now
@@ -177,7 +200,12 @@ class Stream(Iterator[Batch]):
             else:
                 self.epoch, self.window = self._after((self.epoch, self.window))
                 self.offset = 0
-        return out.deliver()
+        if not done:
+            raise StopIteration
+        return out.deliver(done)
+
+    def _ended(self, epoch: int) -> bool:
+        return self.epochs is not None and epoch >= self.epochs
 
     def close(self) -> None:
         """Stop the reading thread (it also ends with the object)."""
@@ -198,20 +226,24 @@ class Stream(Iterator[Batch]):
         if self._spare.key != key:
             self._load(self._spare, key)
         self._now, self._spare = self._spare, self._now
-        if self._pool is not None:
-            self._pending = self._pool.submit(self._load, self._spare, self._after(key))
+        after = self._after(key)
+        if self._pool is not None and not self._ended(after[0]):
+            self._pending = self._pool.submit(self._load, self._spare, after)
 
     def _load(self, window: _Window, key: tuple[int, int]) -> None:
         window.key = None
-        order = permutation(len(self._blocks), self.seed, key[0])
-        picks = np.sort(order[key[1] * self._per_window : (key[1] + 1) * self._per_window])
+        picks = window_picks(len(self._blocks), self._per_window, self.seed, key, self.rank, self.world)
         blocks, buffer = self._blocks[picks], window.buffer
         starts = np.cumsum([0, *(blocks[:, 1] - blocks[:, 0])])
         if buffer.picks is None or not np.array_equal(buffer.picks, picks):
             buffer.picks = None
             for hook, raw in buffer.raw.items():
-                for (row0, row1), at in zip(blocks.tolist(), starts.tolist()):
-                    self._vectors[hook].read_range(row0, row1, raw[at : at + row1 - row0])
+                vectors = self._vectors[hook]
+                for (row0, row1), at, ahead in zip(
+                    blocks.tolist(), starts.tolist(), [*blocks[1:, 0].tolist(), -1]
+                ):
+                    vectors.will_need(ahead)
+                    vectors.read_range(row0, row1, raw[at : at + row1 - row0])
             buffer.picks = picks
         kept = [np.flatnonzero(self._wanted[self.store.row_class(a, b)]) for a, b in blocks.tolist()]
         index = np.concatenate([k + at for k, at in zip(kept, starts[:-1])])
@@ -219,6 +251,14 @@ class Stream(Iterator[Batch]):
         shuffle = permutation(len(index), self.seed, *key)
         window.index, window.row = torch.from_numpy(index[shuffle]), torch.from_numpy(row[shuffle])
         window.key = key
+
+
+def window_picks(
+    n_blocks: int, per_window: int, seed: int, key: tuple[int, int], rank: int = 0, world: int = 1
+) -> np.ndarray:
+    """Row groups of window `key` = (epoch, window) of a reader, ascending."""
+    order = permutation(n_blocks, seed, key[0])[rank::world]
+    return np.sort(order[key[1] * per_window : (key[1] + 1) * per_window])
 
 
 def permutation(n: int, *key: int) -> np.ndarray:

@@ -61,33 +61,50 @@ class Vectors:
                     self._open.popitem(last=False)
             return self._open[shard]
 
+    def will_need(self, row: int) -> None:
+        """Have the system read the row group of a row ahead, while another is being used."""
+        b = int(np.searchsorted(self.blocks[:, 0], row, side="right")) - 1
+        if b >= 0 and row < self.blocks[b, 1]:
+            self.reader(int(self._shard[b])).will_need(int(self._group[b]), COLUMN)
+
     def read_range(self, row0: int, row1: int, out: np.ndarray) -> None:
         """Fill `out`, uint8 [row1 - row0, width], with consecutive rows."""
         at = row0
         while at < row1:
             b = int(np.searchsorted(self.blocks[:, 0], at, side="right")) - 1
             if b < 0 or at >= self.blocks[b, 1]:
-                raise MissingDataError(
-                    f"row {at:,} is not in {self.folder}: run harvest again to complete it"
-                )
+                self._missing(at)
             start, stop = int(self.blocks[b, 0]), min(row1, int(self.blocks[b, 1]))
             reader = self.reader(int(self._shard[b]))
             reader.read_into(int(self._group[b]), COLUMN, out[at - row0 : stop - row0], at - start)
             at = stop
 
+    def _missing(self, row: int) -> None:
+        raise MissingDataError(f"row {row:,} is not in {self.folder}: run harvest again to complete it")
+
     def read_ids(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Fill `out`, uint8 [n, width], with the rows `ids` (ascending)."""
         if not len(ids):
             return
-        block = np.searchsorted(self.blocks[:, 0], ids, side="right")
+        block = np.searchsorted(self.blocks[:, 0], ids, side="right") - 1
+        lost = ids[(block < 0) | (ids >= self.blocks[block, 1])]
+        if len(lost):
+            self._missing(int(lost[0]))
         far = np.diff(ids) > max(1, GAP_BYTES // self.width)
         cuts = np.flatnonzero(far | (np.diff(block) > 0)) + 1  # a shard may be missing between two blocks
-        bounds = [0, *cuts.tolist(), len(ids)]
-        for a, b in pairwise(bounds):
-            first, stop = int(ids[a]), int(ids[b - 1]) + 1
-            if stop - first == b - a:
-                self.read_range(first, stop, out[a:b])
+        bounds = np.array([0, *cuts.tolist(), len(ids)])
+        first, last, blocks = ids[bounds[:-1]], ids[bounds[1:] - 1], block[bounds[:-1]]
+        starts = (first - self.blocks[blocks, 0]).tolist()
+        spans = (last - first + 1).tolist()
+        here, reader = -1, None
+        for i, ((a, b), block_, start, span) in enumerate(
+            zip(pairwise(bounds.tolist()), blocks.tolist(), starts, spans)
+        ):
+            if block_ != here or reader is None:
+                here, group, reader = block_, int(self._group[block_]), self.reader(int(self._shard[block_]))
+            if span == b - a:
+                reader.read_into(group, COLUMN, out[a:b], start)
                 continue
-            span = np.empty((stop - first, self.width), np.uint8)
-            self.read_range(first, stop, span)
-            np.take(span, ids[a:b] - first, axis=0, out=out[a:b], mode="clip")
+            rows = np.empty((span, self.width), np.uint8)
+            reader.read_into(group, COLUMN, rows, start)
+            np.take(rows, ids[a:b] - first[i], axis=0, out=out[a:b], mode="clip")

@@ -2,7 +2,8 @@
 
 Files are listed from the records, never by a glob, and the vector column is not in any view, so that no query
 on metadata reads vectors. Where nothing has been made yet the view is there, with its columns, and empty.
-Row ids are file row numbers: the token table is one file, and a shard's record says which row it starts at.
+Row ids are file row numbers: the token table is one file, and a shard's record says which row it starts at. They
+count within a corpus: join rows_<hook> and tokens `USING (corpus, row)`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def tokens_sql(corpus: Path) -> str:
     """One row per token of a corpus: row id, token columns, the token's string, the document's labels."""
     names = pq.read_schema(corpus / "docs.parquet").names
     labels = "".join(f", d.{_name(n)}" for n in names if n.startswith("label_"))
+    extra = set(pq.read_schema(corpus / "tokens.parquet").names) - set(_TOKENS)
+    labels = "".join(f", t.{_name(n)}" for n in sorted(extra)) + labels
     columns = ", ".join(f"t.{c}" for c in ("seq", "pos", "doc", "doc_pos", "tok"))
     return (
         f"SELECT {literal(corpus.name)} AS corpus, t.file_row_number AS row, {columns}, v.token, "
@@ -131,14 +134,16 @@ def _store_row(path: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str,
         "backend": meta["identity"].get("backend"),
         "created": meta["provenance"]["created"],
     }
-    return row, [{"store": path.name, "file": folder / r.file, "row0": r.row0} for r in records]
+    common = {"store": path.name, "corpus": meta["corpus"][:16]}
+    return row, [common | {"file": folder / r.file, "row0": r.row0} for r in records]
 
 
 def _rows_sql(files: list[dict[str, Any]]) -> str:
     names = ", ".join(literal(f["file"]) for f in files)
-    shards = values_sql({"store": "VARCHAR", "file": "VARCHAR", "row0": "BIGINT"}, files)
+    columns = {"store": "VARCHAR", "corpus": "VARCHAR", "file": "VARCHAR", "row0": "BIGINT"}
+    shards = values_sql(columns, files)
     return (
-        "SELECT s.store, s.row0 + r.file_row_number AS row, r.doc, r.pos, r.tok, r.norm "
+        "SELECT s.store, s.corpus, s.row0 + r.file_row_number AS row, r.doc, r.pos, r.tok, r.norm "
         f"FROM read_parquet([{names}], filename = true, file_row_number = true) r "
         f"JOIN ({shards}) s ON s.file = r.filename"
     )

@@ -1,21 +1,26 @@
 """The workspace folder and the only ways in which files get into it.
 
-Every artifact is written to `<workspace>/_tmp/`, synced, and renamed into place, so a reader never sees
-half a file and a killed process leaves nothing but a file in `_tmp/`.
+Every artifact is written to a folder of its own in `<workspace>/_tmp/`, synced, and renamed into place, so a reader
+never sees half a file and a killed process leaves nothing but such a folder. Its writer holds a lock (flock) on
+it, which the system takes back when the process ends: `stale_tmp` lists what no living process is writing.
+A full disk is an AtomscopeError that says so; the half-written file is removed and nothing else is touched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DataError, MissingDataError, UsageError
+from cache.errors import AtomscopeError, DataError, MissingDataError, UsageError
 
 ENV_HOME = "ATOMSCOPE_HOME"
 
@@ -71,40 +76,112 @@ def tmp_root(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def locked(folder: Path, *, exclusive: bool = False) -> Iterator[bool]:
+    """Hold a lock on a folder while in the block: many writers share it, an exclusive one is alone or gets False.
+
+    Where the file system has no locks, writers go on without one.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        except OSError:
+            yield not exclusive
+            return
+        yield True
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def scratch_for(path: Path) -> Iterator[Path]:
+    """A locked folder in `_tmp` in which to make `path`; it is removed at the end, whatever happened."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room = tmp_root(path) / f"{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        room.mkdir()
+        with locked(room):
+            yield room
+    except Exception as e:
+        if no_space(e):
+            raise AtomscopeError(
+                f"no space left for {path}: free some and run the same command again, "
+                "everything that was finished before is kept"
+            ) from e
+        raise
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error means a full disk, a quota or a limit on file size; not every library sets errno."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    text = str(error)
+    return getattr(error, "errno", None) in full or any(os.strerror(n) in text for n in full)
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to `path`, on error remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = tmp_root(path) / f"{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
+    with scratch_for(path) as room:
+        tmp = room / path.name
         yield tmp
         fsync_file(tmp)
         os.replace(tmp, path)
         fsync_dir(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success sync its files and rename it to `path` (replacing an old one)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = tmp_root(path) / f"{path.name}.{uuid.uuid4().hex}.tmp"
-    tmp.mkdir()
-    try:
+    with scratch_for(path) as room:
+        tmp = room / path.name
+        tmp.mkdir()
         yield tmp
         for file in tmp.rglob("*"):
             if file.is_file():
                 fsync_file(file)
-        old = None
         if path.exists():
-            old = tmp.with_suffix(".old")
-            os.replace(path, old)
+            os.replace(path, room / "replaced")
         os.replace(tmp, path)
         fsync_dir(path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def stale_tmp(workspace: Path, older_than: float) -> list[Path]:
+    """What is in `_tmp` that was last written `older_than` seconds ago or earlier and that nobody holds."""
+    found = []
+    for entry in sorted((workspace / "_tmp").glob("*")):
+        with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+            newest = max(p.lstat().st_mtime for p in [entry, *entry.rglob("*")])
+            if time.time() - newest >= older_than and not _held(entry):
+                found.append(entry)
+    return found
+
+
+def _held(entry: Path) -> bool:
+    if not entry.is_dir():
+        return False
+    with locked(entry, exclusive=True) as alone:
+        return not alone
+
+
+def write_new_json(path: Path, value: Any) -> bool:
+    """Write `value` as JSON unless `path` is there already; of two processes that try, one gets True."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    with scratch_for(path) as room:
+        tmp = room / path.name
+        tmp.write_text(text + "\n", encoding="utf-8")
+        fsync_file(tmp)
+        try:
+            os.link(tmp, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            if path.exists():
+                return False
+            os.replace(tmp, path)
+        fsync_dir(path.parent)
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

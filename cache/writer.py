@@ -1,8 +1,9 @@
 """Writes shards of vectors behind the model's back: a bounded queue and one thread.
 
 For each shard: float64 sums per row class, Parquet with doc, pos, tok, norm (float32, ‖x‖₂) and the vectors,
-fsync, rename, re-read of every row group through the raw path against its xxh3, and only then the record.
-A kill at any point leaves either a committed shard or a data file that no record names.
+re-read of every row group through the raw path against its xxh3, fsync, rename, and only then the record.
+A kill at any point leaves either a committed shard or a data file that no record names. Of two writers of one
+shard the first to commit wins, and the other drops its file: a committed shard is never replaced.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ import xxhash
 from torch import Tensor
 
 from cache.errors import AtomscopeError, DataError, UsageError
+from cache.filters import ROW_CLASSES
 from cache.pages import PageReader, rows_per_group, write_shard
 from cache.provenance import provenance
-from cache.records import COLUMN, ITEMSIZE, ROW_CLASSES, ShardRecord, Sums
-from cache.workspace import atomic_file
+from cache.records import COLUMN, ITEMSIZE, ShardRecord, Sums, record_path
+from cache.workspace import atomic_file, locked
 
 if TYPE_CHECKING:
     from cache.store import ActivationStore
 
 TORCH_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAME = {v: k for k, v in TORCH_DTYPE.items()}
-_CHUNK = 512  # rows; keeps the float64 copy in the cache
+_CHUNK = 256  # rows; keeps the float64 copy in the cache
 _Job = tuple[int, str, Tensor]
 
 
 class ShardWriter:
     """`submit` hands a shard over and returns; what the thread raised comes out of the next submit or close.
 
-    The submitted tensor belongs to the writer until close: do not overwrite it.
+    The submitted tensor belongs to the writer until `wait` or `close`: do not overwrite it before.
     """
 
     def __init__(self, store: ActivationStore, *, group_rows: int | None = None, queue_size: int = 4) -> None:
@@ -51,6 +53,8 @@ class ShardWriter:
         self._tokens = TokenSlices(store.corpus.path / "tokens.parquet")
         self._error: BaseException | None = None
         self._queue: queue.Queue[_Job | None] = queue.Queue(queue_size)
+        self._unfinished = 0
+        self._finished = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
         self._thread.start()
 
@@ -76,7 +80,15 @@ class ShardWriter:
         if x.ndim != 2 or len(x) != row1 - row0:
             raise DataError(f"{hook}: shard {shard} has {row1 - row0} rows, got a tensor of {tuple(x.shape)}")
         self.store.check_matches(hook, x.shape[1], DTYPE_NAME[x.dtype])
+        with self._finished:
+            self._unfinished += 1
         self._queue.put((shard, hook, x.detach().to("cpu").contiguous()))
+        self._raise()
+
+    def wait(self, pending: int) -> None:
+        """Wait until at most `pending` submitted tensors are not written yet: the others may be overwritten."""
+        with self._finished:
+            self._finished.wait_for(lambda: self._unfinished <= pending or self._error is not None)
         self._raise()
 
     def close(self) -> None:
@@ -99,41 +111,61 @@ class ShardWriter:
                 continue  # keep the queue moving, so that the caller gets to see the error
             started = time.monotonic()
             try:
-                self.store.add_record(self._write(*job))
+                record = commit_shard(self.store, self._tokens, *job, group_rows=self._group_rows)
+                self.store.add_record(record)
             except BaseException as e:
                 self._error = e
             self.seconds += time.monotonic() - started
+            del job  # the caller may reuse its memory now
+            with self._finished:
+                self._unfinished -= 1
+                self._finished.notify_all()
 
-    def _write(self, shard: int, hook: str, x: Tensor) -> ShardRecord:
-        started = time.time()
-        row0, row1 = self.store.shards[shard][2:]
-        narrow = self._tokens.read(row0, row1)
-        norm, stats = row_sums(x, self.store.row_class(row0, row1))
-        bad = np.flatnonzero(~np.isfinite(norm))
-        if len(bad):
-            doc, pos = (narrow.column(c)[int(bad[0])].as_py() for c in ("doc", "pos"))
-            raise DataError(
-                f"{hook}: {len(bad)} rows are NaN or infinite, first at doc {doc} pos {pos}: "
-                "store as bf16 or fp32, or check the model"
-            )
-        narrow = narrow.append_column("norm", pa.array(norm.astype(np.float32)))
-        raw = x.view(torch.uint8).numpy()
-        folder, d, dtype = self.store.folder(hook), x.shape[1], DTYPE_NAME[x.dtype]
-        name = f"shard-{shard:05d}-{xxhash.xxh3_64_hexdigest(raw.data)[:8]}.parquet"
-        path = folder / name
-        meta = {"atomscope.hook": hook, "atomscope.dtype": dtype, "atomscope.d": str(d)}
+
+def commit_shard(
+    store: ActivationStore,
+    tokens: TokenSlices,
+    shard: int,
+    hook: str,
+    x: Tensor,
+    *,
+    group_rows: int | None = None,
+) -> ShardRecord:
+    """Write shard `shard` of `hook`, read it back, and commit it by its record."""
+    started = time.time()
+    row0, row1 = store.shards[shard][2:]
+    narrow = tokens.read(row0, row1)
+    norm, stats = row_sums(x, store.row_class(row0, row1))
+    bad = np.flatnonzero(~np.isfinite(norm))
+    if len(bad):
+        doc, pos = (narrow.column(c)[int(bad[0])].as_py() for c in ("doc", "pos"))
+        raise DataError(
+            f"{hook}: {len(bad)} rows are NaN or infinite, first at doc {doc} pos {pos}: "
+            "store as bf16 or fp32, or check the model"
+        )
+    narrow = narrow.append_column("norm", pa.array(norm.astype(np.float32)))
+    raw = x.view(torch.uint8).numpy()
+    folder, d, dtype = store.folder(hook), x.shape[1], DTYPE_NAME[x.dtype]
+    name = f"shard-{shard:05d}-{xxhash.xxh3_64_hexdigest(raw.data)[:8]}.parquet"
+    path = folder / name
+    meta = {"atomscope.hook": hook, "atomscope.dtype": dtype, "atomscope.d": str(d)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):  # while it is held, `atomscope store gc` deletes nothing here
         with atomic_file(path) as tmp:
-            size = self._group_rows or rows_per_group(ITEMSIZE[dtype] * d)
+            size = group_rows or rows_per_group(ITEMSIZE[dtype] * d)
             groups = write_shard(tmp, narrow, {COLUMN: raw}, size, meta)
+            n_bytes = tmp.stat().st_size
+            check_digests(PageReader(tmp, groups, n_bytes))
+        # From here on another writer of this shard may commit its own and delete this file.
         record = ShardRecord(
-            hook=hook, shard=shard, file=name, bytes=path.stat().st_size, row0=row0, rows=row1 - row0,
+            hook=hook, shard=shard, file=name, bytes=n_bytes, row0=row0, rows=row1 - row0,
             d=d, dtype=dtype, groups=groups, stats={k: v.to_json() for k, v in stats.items()},
             provenance=provenance(started=started, host=socket.gethostname()),
         )  # fmt: skip
-        check_digests(PageReader(path, groups, record.bytes))
         record.save(folder)
-        _remove_orphans(folder, record)
-        return record
+        kept = ShardRecord.load(record_path(folder, shard))  # another writer's, if that was faster
+        _remove_orphans(folder, kept)
+    return kept
 
 
 def check_digests(reader: PageReader) -> None:
@@ -152,32 +184,32 @@ def _remove_orphans(folder: Path, record: ShardRecord) -> None:
 
 
 def row_sums(x: Tensor, classes: np.ndarray) -> tuple[np.ndarray, dict[str, Sums]]:
-    """Norm of every row (float64 [n]) and the sums of every row class; `classes` indexes ROW_CLASSES."""
+    """Norm of every row (float64 [n]) and the sums of every row class; the lowest two bits of `classes` index ROW_CLASSES.
+
+    The rows of a class are taken together in chunks, so that all sums of a chunk are of one class.
+    """
     n, d = x.shape
-    k = len(ROW_CLASSES)
-    member = torch.zeros(k, n, dtype=torch.float64)
-    member[torch.from_numpy(classes.astype(np.int64)), torch.arange(n)] = 1.0
-    total, total_sq = torch.zeros(k, d, dtype=torch.float64), torch.zeros(k, d, dtype=torch.float64)
-    sq_norm, peak = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-    buffer = torch.empty(min(n, _CHUNK), d, dtype=torch.float64)
-    for a in range(0, n, _CHUNK):
-        rows = slice(a, min(a + _CHUNK, n))
-        chunk = buffer[: rows.stop - a].copy_(x[rows])
-        total.addmm_(member[:, rows], chunk)
-        chunk.mul_(chunk)
-        total_sq.addmm_(member[:, rows], chunk)
-        torch.sum(chunk, dim=1, out=sq_norm[rows])
-        peak[rows] = chunk.amax(dim=1).sqrt()
-    norm = sq_norm.sqrt()
+    sq_norm = torch.empty(n, dtype=torch.float64)
+    stage, buffer = (torch.empty(min(n, _CHUNK), d, dtype=t) for t in (x.dtype, torch.float64))
     stats = {}
     for i, name in enumerate(ROW_CLASSES):
-        at = member[i] > 0
+        rows = torch.from_numpy(np.flatnonzero(classes & 3 == i))
+        total, total_sq = torch.zeros(2, d, dtype=torch.float64)
+        peak = 0.0
+        for part in rows.split(_CHUNK) if len(rows) else []:
+            torch.index_select(x, 0, part, out=stage[: len(part)])
+            chunk = buffer[: len(part)].copy_(stage[: len(part)])
+            total += chunk.sum(0)
+            chunk.mul_(chunk)
+            total_sq += chunk.sum(0)
+            sq_norm[part] = chunk.sum(1)
+            peak = max(peak, float(chunk.amax()))
+        of_class = sq_norm[rows]
         stats[name] = Sums(
-            n=int(at.sum()), sum=total[i].numpy(), sumsq=total_sq[i].numpy(),
-            sum_norm=float(norm[at].sum()), sum_sq_norm=float(sq_norm[at].sum()),
-            max_abs=float(peak[at].max()) if at.any() else 0.0,
+            n=len(rows), sum=total.numpy(), sumsq=total_sq.numpy(),
+            sum_norm=float(of_class.sqrt().sum()), sum_sq_norm=float(of_class.sum()), max_abs=peak**0.5,
         )  # fmt: skip
-    return norm.numpy(), stats
+    return sq_norm.sqrt().numpy(), stats
 
 
 class TokenSlices:

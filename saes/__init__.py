@@ -19,6 +19,8 @@ _EXPORTS = {
     "evaluate": "saes.evaluation",
     "build_index": "saes.indexing",
     "FeatureIndex": "saes.queries",
+    "build_proxies": "saes.proxies",
+    "compare_saes": "saes.compare",
     "presets": "saes.presets",
 }
 __all__ = sorted(_EXPORTS)
@@ -26,10 +28,12 @@ __all__ = sorted(_EXPORTS)
 if TYPE_CHECKING:
     from saes import presets as presets
     from saes.codes import Codes as Codes
+    from saes.compare import compare_saes as compare_saes
     from saes.config import SAEConfig as SAEConfig
     from saes.config import TrainConfig as TrainConfig
     from saes.evaluation import evaluate as evaluate
     from saes.indexing import build_index as build_index
+    from saes.proxies import build_proxies as build_proxies
     from saes.queries import FeatureIndex as FeatureIndex
     from saes.sae import SAE as SAE
     from saes.splice import attach as attach

@@ -73,3 +73,13 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
             ({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, counters)
         )
     return Checkpoint(state["step"], state["stream"], saes)
+
+
+def finished_checkpoints(workspace: Path) -> list[Path]:
+    """`checkpoints` folders of runs that have finished: a run removes its own, unless it is killed just then."""
+    found = []
+    for path in sorted(workspace.glob("saes/*/checkpoints")):
+        run = path.parent / "run.json"
+        if run.is_file() and read_json(run).get("status") == "finished":
+            found.append(path)
+    return found

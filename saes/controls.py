@@ -1,18 +1,19 @@
-"""Controls that stand beside every SAE: PCA with as many components as it has active latents, and a random dictionary."""
+"""Controls that stand beside every SAE: PCA with as many components as it has active latents, and an untrained one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saes.codes import Codes
+from saes.config import SAEConfig
 from saes.initialise import initialise
 from saes.sae import SAE
 
 CONTROL_ROWS = 200_000
+LEVEL_ROWS = 16_384
 
 
 class PCA:
@@ -23,8 +24,9 @@ class PCA:
         self.name = f"pca-{len(components)}"
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Codes | None]:
-        xc = x - self.mean
-        return self.mean + (xc @ self.components.T) @ self.components, None
+        home = x.device
+        xc = x.to(self.mean.device) - self.mean
+        return (self.mean + (xc @ self.components.T) @ self.components).to(home), None
 
 
 def fit_pca(store: Any, hook: str, k: int, *, batch_size: int = 8192) -> PCA:
@@ -50,14 +52,31 @@ class Dictionary:
         self.sae, self.name = sae, name
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Codes | None]:
-        codes = self.sae.encode(x)
-        return self.sae.decode(codes), codes
+        codes = self.sae.encode(x.to(self.sae.W_enc.device))
+        return self.sae.decode(codes).to(x.device), codes
 
 
-def random_dictionary(sae: SAE, store: Any, hook: str, *, seed: int = 0) -> Dictionary:
-    """The same architecture with random unit atoms (tied encoder, best single scale): an SAE before training."""
-    random = SAE(replace(sae.cfg, space="raw", name="random"))
+def matched_k(sae: SAE, store: Any, hook: str) -> int:
+    """Active latents that the controls may use: k, or where it varies the mean L0 of up to LEVEL_ROWS held-out rows."""
+    if sae.cfg.fixed_k:
+        return sae.cfg.k
+    total = n = 0
+    for batch in store.sequential(hook, batch_size=4096, split="heldout", skip="first"):
+        codes = sae.encode(batch.x[hook].to(sae.W_enc.device))
+        total, n = total + int(codes.l0().sum()), n + codes.n_rows
+        if n >= LEVEL_ROWS:
+            break
+    return min(max(1, round(total / max(n, 1))), sae.cfg.d_sae)
+
+
+def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int = 0) -> Dictionary:
+    """A TopK dictionary of the same shape that keeps k latents of random unit atoms (tied encoder, best single scale)."""
+    cfg = sae.cfg
+    untrained = SAE(SAEConfig(
+        d_sae=cfg.d_sae, k=k, activation="abs_topk" if cfg.signed else "topk", space="raw", d_model=cfg.d_model,
+        hook=cfg.hook, model=cfg.model, model_sha=cfg.model_sha, name="untrained",
+    )).to(sae.W_enc.device)  # fmt: skip
     for batch in store.sequential(hook, batch_size=8192, split="train", skip="first"):
-        initialise(random, batch.x[hook], seed=seed)
+        initialise(untrained, batch.x[hook].to(sae.W_enc.device), seed=seed)
         break
-    return Dictionary(random.requires_grad_(False), "random")
+    return Dictionary(untrained.requires_grad_(False), "untrained")

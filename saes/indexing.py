@@ -12,6 +12,7 @@ Memory: at most BLOCK_FIRINGS firings are sorted at a time.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from cache.errors import AtomscopeError
 from cache.progress import progress
 from cache.provenance import provenance
 from cache.workspace import atomic_file, read_json, write_json
-from saes.code_files import id_dtype, read_codes, record_file, write_codes
+from saes.code_files import (
+    Part,
+    encoded_rows,
+    id_dtype,
+    read_codes,
+    record_file,
+    write_codes,
+    write_varying,
+)
 from saes.evaluation import check_fit
 from saes.geometry import feature_map, logit_lens, neighbours
 from saes.ranking import Firings, examples, find_runs, histograms, sort_block, statistics
@@ -70,7 +79,7 @@ def _describe(sae: SAE, store: Any, hook: str, model: Any, sae_path: str | Path 
     return {
         "schema_version": SCHEMA_VERSION,
         "sae_id": sae.sae_id,
-        "sae_path": str(Path(sae_path).resolve().relative_to(store.workspace)) if sae_path else None,
+        "sae_path": _inside(sae_path, store.workspace),
         "name": cfg.label,
         "store": store.path.name,
         "corpus": store.corpus.path.name,
@@ -78,6 +87,7 @@ def _describe(sae: SAE, store: Any, hook: str, model: Any, sae_path: str | Path 
         "hook": hook,
         "model": identity.get("model", cfg.model),
         "model_source": store.model_source,
+        "model_sha": identity.get("weights_sha256") or cfg.model_sha,
         "activation": cfg.activation,
         "signed": cfg.signed,
         "k": cfg.k,
@@ -89,6 +99,12 @@ def _describe(sae: SAE, store: Any, hook: str, model: Any, sae_path: str | Path 
     }
 
 
+def _inside(path: str | Path | None, workspace: Path) -> str | None:
+    """Where the SAE is, relative to the workspace; None for one outside it."""
+    folder = Path(path).resolve() if path else None
+    return str(folder.relative_to(workspace)) if folder and folder.is_relative_to(workspace) else None
+
+
 def write_all_codes(sae: SAE, store: Any, hook: str, folder: Path) -> None:
     """Encode the rows of each shard of the store that has no committed codes yet."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,21 +113,39 @@ def write_all_codes(sae: SAE, store: Any, hook: str, folder: Path) -> None:
         for shard, (_, _, row0, row1) in enumerate(store.shards):
             if record_file(folder, shard).is_file():
                 continue
+
+            def parts(row0: int = row0, row1: int = row1) -> Iterator[Part]:
+                for part in _encoded(sae, store, hook, row0, row1):
+                    yield part
+                    bar.advance(len(part.at))
+
+            if not sae.cfg.fixed_k:
+                write_varying(folder, shard, row0, row1 - row0, parts, sae.cfg.d_sae)
+                continue
             ids = np.zeros((row1 - row0, sae.cfg.k), dtype=id_dtype(sae.cfg.d_sae))
             values = np.zeros((row1 - row0, sae.cfg.k), dtype=np.float32)
-            for batch in store.sequential(
-                hook, batch_size=ENCODE_ROWS, split=None, skip="first", start_row=row0
-            ):
-                at = np.asarray(batch.row) - row0
-                inside = int(np.searchsorted(at, row1 - row0))
-                if inside:
-                    codes = sae.encode(batch.x[hook][:inside].to(sae.W_enc.device))
-                    ids[at[:inside]] = codes.indices.cpu().numpy()
-                    values[at[:inside]] = codes.values.cpu().numpy()
-                    bar.advance(inside)
-                if inside < len(at):
-                    break
-            write_codes(folder, shard, row0, ids, values)
+            encoded = 0
+            for part in parts():
+                ids[part.at] = part.ids.reshape(-1, sae.cfg.k)
+                values[part.at] = part.values.reshape(-1, sae.cfg.k)
+                encoded += len(part.at)
+            write_codes(folder, shard, row0, ids, values, encoded)
+
+
+def _encoded(sae: SAE, store: Any, hook: str, row0: int, row1: int) -> Iterator[Part]:
+    """Codes of the rows of one shard, a batch at a time; position 0 is left out."""
+    for batch in store.sequential(hook, batch_size=ENCODE_ROWS, split=None, skip="first", start_row=row0):
+        at = np.asarray(batch.row) - row0
+        inside = int(np.searchsorted(at, row1 - row0))
+        if inside:
+            codes = sae.encode(batch.x[hook][:inside].to(sae.W_enc.device))
+            counts = (
+                np.full(inside, sae.cfg.k) if codes.offsets is None else codes.offsets.diff().cpu().numpy()
+            )
+            ids, values = codes.indices.reshape(-1).cpu().numpy(), codes.values.reshape(-1).cpu().numpy()
+            yield Part(at[:inside], counts, ids, values)
+        if inside < len(at):
+            break
 
 
 def _blocks(counts: np.ndarray) -> list[tuple[int, int]]:
@@ -129,26 +163,26 @@ def _firings(codes: Path, shards: int, first: int, last: int) -> Firings:
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for block in read_codes(codes, shards):
         keep = (block.values != 0) & (block.ids >= first) & (block.ids < last)
-        row, _ = np.nonzero(keep)
-        parts.append((block.ids[keep].astype(np.int64), row + block.row0, block.values[keep]))
+        parts.append((block.ids[keep].astype(np.int64), block.rows[keep], block.values[keep]))
     return Firings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _count(codes: Path, shards: int, d_sae: int) -> tuple[np.ndarray, int]:
     """Firings of each feature, and the rows that were encoded."""
     counts, rows = np.zeros(d_sae, dtype=np.int64), 0
+    encoded = encoded_rows(codes, shards)
     for block in read_codes(codes, shards):
         fires = block.values != 0
         counts += np.bincount(block.ids[fires], minlength=d_sae)
-        rows += int(fires.any(1).sum())
-    return counts, rows
+        rows += len(np.unique(block.rows[fires])) if encoded is None else 0
+    return counts, rows if encoded is None else encoded
 
 
 def _build_database(file: Path, sae: SAE, store: Any, model: Any, codes: Path, meta: dict[str, Any]) -> None:
     shards, d_sae = len(store.shards), sae.cfg.d_sae
     counts, n_tokens = _count(codes, shards, d_sae)
     meta["n_tokens"] = n_tokens
-    if n_tokens == 0:
+    if not counts.any():
         raise AtomscopeError("no latent fired on any row: the SAE is dead on this store, train it again")
     con = duckdb.connect(str(file))
     try:

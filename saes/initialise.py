@@ -40,8 +40,16 @@ def initialise(sae: SAE, x: Tensor, *, seed: int) -> None:
     sae.W_enc.copy_(directions)
     # one factor on the encoder, so that the first reconstruction has the best scale in least squares
     xc = x[:1024] - sae.b_dec
-    values, ids = top_pre_activations(xc, sae.W_enc, sae.b_enc, sae.cfg.k, signed=sae.cfg.signed)
-    guess = decode_rows(values if sae.cfg.signed else values.relu(), ids, sae.W_dec)
+    guess = _first_reconstruction(sae, xc)
     size = (guess**2).sum()
     if size > 0:
         sae.W_enc.mul_(((guess * xc).sum() / size).clamp_min(1e-3))
+
+
+def _first_reconstruction(sae: SAE, xc: Tensor) -> Tensor:
+    """Of centred rows, with a zero threshold where there is one: half the latents fire."""
+    cfg = sae.cfg
+    if not cfg.has_k:
+        return (xc @ sae.W_enc.T).relu() @ sae.W_dec
+    values, ids = top_pre_activations(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed)
+    return decode_rows(values if cfg.signed else values.relu(), ids, sae.W_dec)

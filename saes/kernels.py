@@ -1,13 +1,14 @@
 """Sparse SAE kernels in plain torch: selection, decoding and every gradient, without a dense `[B, d_sae]` backward.
 
-    u = (x - b_dec) W_enc^T + b_enc        z = TopK(u) (ReLU), or AbsTopK(u) (k largest |u|, signed)
+    u = (x - b_dec) W_enc^T + b_enc        z = act(u), kept on a support: k latents a row, or as many as fire
     x_hat = sum_j z_j W_dec[i_j] + b_dec
 
-One autograd Function computes the step. Its backward sorts the B*k latent ids once and then takes both weight
-gradients as embedding bags with *latents as bags and rows as members*: one write per latent, no atomics, no
-`[B*k, d_model]` scratch. The gradient of b_dec uses sum(g) - grad_b_enc @ W_enc, so nothing of width d_sae is
-multiplied out. Exact: tests/test_kernels.py checks each term against a dense reference in float64.
-The AuxK reconstruction (Gao et al. 2024) runs on the compact sub-matrix of dead latents and reaches the encoder.
+A step is `encode_at` and `decode_from` with the activation between them as plain autograd on the stored values. Their
+backward sorts the latent ids once (`Support`) and then takes both weight gradients as embedding bags with *latents as
+bags and rows as members*: one write per latent, no atomics, no `[B*k, d_model]` scratch. The gradient of b_dec uses
+sum(g) - grad_b_enc @ W_enc, so nothing of width d_sae is multiplied out. Exact: tests/test_kernels.py checks each term
+against a dense reference in float64. AuxK (Gao et al. 2024) runs on the compact sub-matrix of dead latents and
+reaches the encoder.
 """
 
 from __future__ import annotations
@@ -20,13 +21,6 @@ from torch.nn import functional as F
 
 CHUNK_BYTES = 64 * 2**20
 """Pre-activations are made in blocks of rows of about this size: they stay in cache for the selection."""
-
-
-class Selection(NamedTuple):
-    """k kept pre-activations of each row: values `[B, k]` (ReLU applied unless signed), indices int64 `[B, k]`."""
-
-    values: Tensor
-    indices: Tensor
 
 
 class Scratch:
@@ -73,51 +67,106 @@ def top_pre_activations(
     return values, indices
 
 
-def row_dots(g: Tensor, w: Tensor, indices: Tensor) -> Tensor:
-    """`out[b, j] = g[b] . w[indices[b, j]]` for g `[B, d]`, w `[F, d]`, indices int64 `[B, k]`; no `[B, k, d]` gather.
+def row_dots(g: Tensor, w: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """`g[row of entry] . w[indices[entry]]` for g `[B, d]`, w `[F, d]`, in the shape of `indices`; no `[nnz, d]` gather.
 
-    Uses the private aten op behind embedding_bag's own backward; where this torch lacks it, a chunked gather.
+    indices int64 `[B, k]`, or flat `[nnz]` with offsets int64 `[B + 1]`. Uses the private aten op behind
+    embedding_bag's own backward; where this torch lacks it, a chunked gather.
     """
-    rows, k = indices.shape
     op = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
-    if op is None or rows == 0:
-        return _row_dots_by_gather(g, w, indices)
-    offsets = torch.arange(0, rows * k, k, device=g.device)
-    bag_of = torch.arange(rows, device=g.device).repeat_interleave(k)
-    return op(g.contiguous(), w, indices.reshape(-1), offsets, bag_of, 0, -1).view(rows, k)
+    if op is None or indices.numel() == 0:
+        return _row_dots_by_gather(g, w, indices, offsets)
+    starts, bag_of = _bags(indices, offsets)
+    return op(g.contiguous(), w, indices.reshape(-1), starts, bag_of, 0, -1).view(indices.shape)
 
 
-def _row_dots_by_gather(g: Tensor, w: Tensor, indices: Tensor) -> Tensor:
-    out = g.new_empty(indices.shape)
-    block = max(1, CHUNK_BYTES // max(1, indices.shape[1] * g.shape[1] * g.element_size()))
-    for i in range(0, len(g), block):
-        part = indices[i : i + block]
-        out[i : i + block] = torch.einsum("bd,bkd->bk", g[i : i + block], w[part])
-    return out
+def _row_dots_by_gather(g: Tensor, w: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+    flat, rows = indices.reshape(-1), _bags(indices, offsets)[1]
+    out = g.new_empty(flat.shape)
+    block = max(1, CHUNK_BYTES // max(1, g.shape[1] * g.element_size()))
+    for i in range(0, len(flat), block):
+        at = slice(i, i + block)
+        out[at] = torch.einsum("nd,nd->n", g[rows[at]], w[flat[at]])
+    return out.view(indices.shape)
 
 
-def decode_rows(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
-    """`sum_j values[b, j] w_dec[indices[b, j]]`, `[B, d_model]`."""
-    return F.embedding_bag(indices.int(), w_dec, per_sample_weights=values.to(w_dec.dtype), mode="sum")
+def _bags(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Start of each row's entries int64 `[B]`, and the row of each entry int64 `[nnz]`."""
+    if offsets is not None:
+        rows = torch.arange(len(offsets) - 1, device=indices.device)
+        return offsets[:-1], rows.repeat_interleave(offsets.diff(), output_size=indices.numel())
+    n, k = indices.shape
+    starts = torch.arange(0, n * k, k, device=indices.device) if k else indices.new_zeros(n)
+    return starts, torch.arange(n, device=indices.device).repeat_interleave(k)
 
 
-class LatentBags:
-    """The transpose of a code: for each latent, the rows on which it was selected. Sorted once, used twice."""
+def decode_rows(values: Tensor, indices: Tensor, w_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """`sum_j values[b, j] w_dec[indices[b, j]]`, `[B, d_model]`; flat with offsets int64 `[B + 1]`."""
+    weights = values.to(w_dec.dtype)
+    if offsets is None:
+        return F.embedding_bag(indices.int(), w_dec, per_sample_weights=weights, mode="sum")
+    # int32 ids and offsets take the vectorised CPU path of embedding_bag, 5 times the int64 one
+    return F.embedding_bag(indices.int(), w_dec, offsets[:-1].int(), per_sample_weights=weights, mode="sum")
 
-    def __init__(self, indices: Tensor, d_sae: int) -> None:
-        k = indices.shape[1]
-        flat = indices.reshape(-1)
-        key = flat.to(torch.int16) if d_sae <= 2**15 else flat.to(torch.int32)
-        self.order = torch.sort(key, stable=True).indices
-        counts = torch.bincount(flat, minlength=d_sae)
-        # int32 ids and offsets take the vectorised CPU path of embedding_bag, 5 times the int64 one
-        self.offsets = (counts.cumsum(0) - counts).int()
-        self.rows = torch.div(self.order, k, rounding_mode="floor").int()
 
-    def weighted_sum(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """`out[f] = sum over (b, j) with indices[b, j] = f of weights[b, j] * rows[b]`, `[d_sae, d]`."""
-        sorted_weights = weights.reshape(-1)[self.order]
-        return F.embedding_bag(self.rows, rows, self.offsets, per_sample_weights=sorted_weights, mode="sum")
+class Support:
+    """Which latents are stored for which row: ids int64 `[B, k]`, or flat `[nnz]` in row order with offsets `[B + 1]`.
+
+    Its transpose (for each latent, the entries that name it) is sorted once, on first use, and used by both weight
+    gradients.
+    """
+
+    def __init__(self, indices: Tensor, d_sae: int, offsets: Tensor | None = None) -> None:
+        self.indices, self.d_sae, self.offsets = indices, d_sae, offsets
+        self._order: Tensor | None = None
+        self._starts: Tensor | None = None
+        self._whole: Support | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.indices) if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def ids(self) -> Tensor:
+        """Latent of each entry, int64 `[nnz]`."""
+        return self.indices.reshape(-1)
+
+    def rows(self) -> Tensor:
+        """Row of each entry, int64 `[nnz]`."""
+        return _bags(self.indices, self.offsets)[1]
+
+    def split(self, widths: tuple[int, ...]) -> Support:
+        """The same entries with `len(widths)` rows for each row: one for the ids below each width and not the last.
+
+        Ids must rise within a row. The transpose is shared: only the rows that entries belong to change.
+        """
+        edges = torch.tensor(widths, device=self.ids.device)
+        part = self.rows() * len(widths) + torch.bucketize(self.ids, edges, right=True)
+        counts = torch.bincount(part, minlength=self.n_rows * len(widths))
+        out = Support(self.ids, self.d_sae, F.pad(counts.cumsum(0), (1, 0)))
+        out._whole = self
+        return out
+
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """Entries sorted by latent, int64 `[nnz]`, and where each latent starts, int32 `[d_sae]`."""
+        if self._whole is not None:
+            return self._whole.by_latent()
+        if self._order is None or self._starts is None:
+            flat = self.ids
+            key = flat.to(torch.int16) if self.d_sae <= 2**15 else flat.to(torch.int32)
+            self._order = torch.sort(key, stable=True).indices
+            counts = torch.bincount(flat, minlength=self.d_sae)
+            self._starts = (counts.cumsum(0) - counts).int()
+        return self._order, self._starts
+
+    def sum_by_latent(self, weights: Tensor, x: Tensor) -> Tensor:
+        """`out[f] = sum over entries of latent f of weight * x[row of the entry]`, `[d_sae, d]`."""
+        order, starts = self.by_latent()
+        if self.offsets is None:
+            members = torch.div(order, self.indices.shape[1], rounding_mode="floor").int()
+        else:
+            members = self.rows().int()[order]
+        return F.embedding_bag(members, x, starts, per_sample_weights=weights.reshape(-1)[order], mode="sum")
 
 
 class Dead(NamedTuple):
@@ -127,85 +176,148 @@ class Dead(NamedTuple):
     k_aux: int
 
 
-class _SparseStep(torch.autograd.Function):
-    """(x, W_enc, b_enc, W_dec, b_dec) -> (x_hat, values, indices, e_hat); see the head of the file."""
+class _Encode(torch.autograd.Function):
+    """(x, W_enc, b_enc, b_dec) -> pre-activations at the support, and of all dead latents `[B, n_dead]`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        x: Tensor,
+        x: Tensor,  # noqa: ARG004 (named for its gradient; the selection has used it as xc)
         w_enc: Tensor,
         b_enc: Tensor,
-        w_dec: Tensor,
-        b_dec: Tensor,
-        k: int,
-        signed: bool,
+        b_dec: Tensor,  # noqa: ARG004 (as x)
+        found: tuple[Tensor, Tensor],
+        support: Support,
         dead: Dead | None,
-        select: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        xc = x - b_dec
-        values, indices = select(xc, w_enc, b_enc, k, signed=signed)
-        if not signed:
-            values = values.relu_()
-        x_hat = decode_rows(values, indices, w_dec).add_(b_dec)
-        aux: tuple[Tensor, ...] = ()
-        e_hat = x.new_zeros(0)
-        if dead is not None:
-            u = torch.addmm(b_enc[dead.ids], xc, w_enc[dead.ids].T)
-            z = keep_largest(u, dead.k_aux, signed=signed)
-            e_hat = z @ w_dec[dead.ids]
-            aux = (dead.ids, z)
-        ctx.save_for_backward(xc, w_enc, w_dec, values, indices, *aux)
-        ctx.signed = signed
-        ctx.mark_non_differentiable(indices)
+    ) -> tuple[Tensor, Tensor | None]:
+        xc, u = found
+        ctx.save_for_backward(xc, w_enc)
+        ctx.support, ctx.dead = support, dead
         ctx.set_materialize_grads(False)
-        return x_hat, values, indices, e_hat
+        if dead is None:
+            return u, None
+        return u, torch.addmm(b_enc[dead.ids], xc, w_enc[dead.ids].T)
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, g_out: Tensor | None, g_values: Tensor | None, _: Any, g_aux: Tensor | None
+        ctx: Any, g_u: Tensor | None, g_dead: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        xc, w_enc, w_dec, values, indices, *aux = ctx.saved_tensors
-        g_u = torch.zeros_like(values) if g_out is None else row_dots(g_out, w_dec, indices)
-        if g_values is not None:
-            g_u = g_u + g_values
-        if not ctx.signed:
-            # a selected latent with u <= 0 did not fire: ReLU has no gradient there
-            g_u = g_u * (values > 0)
-        bags = LatentBags(indices, len(w_enc))
-        g_w_enc = bags.weighted_sum(g_u, xc)
-        g_b_enc = torch.zeros_like(w_enc[:, 0]).index_add_(0, indices.reshape(-1), g_u.reshape(-1))
-        g_w_dec = torch.zeros_like(w_dec) if g_out is None else bags.weighted_sum(values, g_out.contiguous())
-        g_x = decode_rows(g_u, indices, w_enc) if ctx.needs_input_grad[0] else None
-        if aux and g_aux is not None:
-            ids, z = aux
-            g_z = (g_aux @ w_dec[ids].T).mul_(z != 0)
-            g_w_dec.index_add_(0, ids, z.T @ g_aux)
-            g_w_enc.index_add_(0, ids, g_z.T @ xc)
-            g_b_enc.index_add_(0, ids, g_z.sum(0))
-            if g_x is not None:
-                g_x += g_z @ w_enc[ids]
-        g_b_dec = -(g_b_enc @ w_enc)
+        xc, w_enc = ctx.saved_tensors
+        support: Support = ctx.support
+        want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        g_b = torch.zeros_like(w_enc[:, 0])
+        g_w = g_x = None
+        if g_u is not None:
+            g_b.index_add_(0, support.ids, g_u.reshape(-1))
+            g_w = support.sum_by_latent(g_u, xc) if want_w else None
+            g_x = decode_rows(g_u, support.indices, w_enc, support.offsets) if want_x else None
+        if g_dead is not None:
+            ids = ctx.dead.ids
+            g_b.index_add_(0, ids, g_dead.sum(0))
+            if want_w:
+                g_w = torch.zeros_like(w_enc) if g_w is None else g_w
+                g_w.index_add_(0, ids, g_dead.T @ xc)
+            if want_x:
+                more = g_dead @ w_enc[ids]
+                g_x = more if g_x is None else g_x + more
+        return g_x, g_w, g_b, -(g_b @ w_enc), None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """(values, W_dec, b_dec, z_dead) -> (x_hat without AuxK, e_hat): both reconstructions share one decoder gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        values: Tensor,
+        w_dec: Tensor,
+        z_dead: Tensor | None,
+        support: Support,
+        dead: Dead | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(values, w_dec, z_dead)
+        ctx.support, ctx.dead = support, dead
+        ctx.set_materialize_grads(False)
+        out = decode_rows(values, support.indices, w_dec, support.offsets)
+        return out, None if dead is None or z_dead is None else z_dead @ w_dec[dead.ids]
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, g_out: Tensor | None, g_aux: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        values, w_dec, z_dead = ctx.saved_tensors
+        support: Support = ctx.support
+        g_values = g_w = g_z = None
         if g_out is not None:
-            g_b_dec += g_out.sum(0)
-        return g_x, g_w_enc, g_b_enc, g_w_dec, g_b_dec, None, None, None, None
+            g_out = g_out.contiguous()
+            g_values = row_dots(g_out, w_dec, support.indices, support.offsets).view(values.shape)
+            g_w = support.sum_by_latent(values, g_out) if ctx.needs_input_grad[1] else None
+        if g_aux is not None:
+            ids = ctx.dead.ids
+            g_z = g_aux @ w_dec[ids].T
+            if ctx.needs_input_grad[1]:
+                g_w = torch.zeros_like(w_dec) if g_w is None else g_w
+                g_w.index_add_(0, ids, z_dead.T @ g_aux)
+        return g_values, g_w, g_z, None, None
+
+
+def encode_at(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    support: Support,
+    u: Tensor,
+    *,
+    xc: Tensor,
+    dead: Dead | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Make pre-activations `u` that a selection found at `support` differentiable in x, W_enc, b_enc and b_dec.
+
+    xc = x - b_dec, as the selection used it. Second result: pre-activations of the dead latents `[B, n_dead]`, or None.
+    """
+    return _Encode.apply(x, w_enc, b_enc, b_dec, (xc, u), support, dead)
+
+
+def decode_from(
+    values: Tensor,
+    support: Support,
+    w_dec: Tensor,
+    *,
+    z_dead: Tensor | None = None,
+    dead: Dead | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of decoder rows for each row of the support `[rows, d_model]`, without b_dec; and e_hat of the dead, or None."""
+    return _Decode.apply(values, w_dec, z_dead, support, dead)
 
 
 def keep_largest(u: Tensor, k: int, *, signed: bool) -> Tensor:
     """`u` with all but the k largest (signed: in magnitude) of each row set to 0. No ReLU: dead latents must learn."""
     if k >= u.shape[1]:
         return u
-    ids = torch.topk(u.abs() if signed else u, k, dim=1, sorted=False).indices
-    return torch.zeros_like(u).scatter_(1, ids, u.gather(1, ids))
+    with torch.no_grad():
+        ids = torch.topk(u.abs() if signed else u, k, dim=1, sorted=False).indices
+        keep = torch.zeros_like(u).scatter_(1, ids, 1.0)
+    return u * keep
 
 
 class StepOutput(NamedTuple):
-    """x_hat `[B, d_model]`, values and int64 indices `[B, k]`, e_hat `[B, d_model]` (empty without dead latents)."""
+    """What a forward pass of training made.
+
+    x_hat `[B, d_model]`; values and int64 indices `[B, k]`, or flat with offsets int64 `[B + 1]`, or (indices None,
+    the dense switch) values `[B, d_sae]`; e_hat `[B, d_model]` (empty without dead latents). prefixes: nested
+    reconstructions `[B, G - 1, d_model]` of a matryoshka SAE without the last; gate: the reconstruction of a gated
+    SAE from its gate alone; sparsity: mean L1 or L0 of a row, differentiable.
+    """
 
     x_hat: Tensor
     values: Tensor
-    indices: Tensor
+    indices: Tensor | None
     e_hat: Tensor
+    offsets: Tensor | None = None
+    prefixes: Tensor | None = None
+    gate: Tensor | None = None
+    sparsity: Tensor | None = None
 
 
 def sparse_step(
@@ -220,9 +332,19 @@ def sparse_step(
     dead: Dead | None = None,
     select: Any = top_pre_activations,
 ) -> StepOutput:
-    """Encode, select, decode and (with `dead`) reconstruct from dead latents; differentiable in all five tensors.
+    """TopK (signed: AbsTopK): encode, select, decode and (with `dead`) reconstruct from dead latents.
 
-    x `[B, d_model]`; w_enc, w_dec `[d_sae, d_model]` (a row per latent); b_enc `[d_sae]`; b_dec `[d_model]`.
-    `select` finds the k latents of each row: `top_pre_activations`, or a `screening.Screen`.
+    Differentiable in all five tensors. x `[B, d_model]`; w_enc, w_dec `[d_sae, d_model]` (a row per latent);
+    b_enc `[d_sae]`; b_dec `[d_model]`. `select` finds the k latents of each row: `top_pre_activations`, or a
+    `screening.Screen`.
     """
-    return StepOutput(*_SparseStep.apply(x, w_enc, b_enc, w_dec, b_dec, k, signed, dead, select))
+    with torch.no_grad():
+        xc = x - b_dec
+        found, indices = select(xc, w_enc, b_enc, k, signed=signed)
+    support = Support(indices, len(w_enc))
+    u, u_dead = encode_at(x, w_enc, b_enc, b_dec, support, found, xc=xc, dead=dead)
+    # a selected latent with u <= 0 did not fire: ReLU has no gradient there
+    values = u if signed else u.relu()
+    z_dead = None if u_dead is None or dead is None else keep_largest(u_dead, dead.k_aux, signed=signed)
+    out, e_hat = decode_from(values, support, w_dec, z_dead=z_dead, dead=dead)
+    return StepOutput(out + b_dec, values, indices, x.new_zeros(0) if e_hat is None else e_hat)

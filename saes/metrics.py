@@ -1,14 +1,19 @@
-"""Reconstruction metrics, accumulated in float64, so that they do not depend on the batch size.
+"""Reconstruction and firing metrics, accumulated in float64, so that they do not depend on the batch size.
 
 fvu   = sum ||x - x_hat||^2 / sum ||x - x_mean||^2      x_mean: mean of the rows evaluated; 1 for predicting it
-l0    = mean number of non-zero activations (z != 0, so signed codes count)
+mse   = mean ||x - x_hat||^2;   nmse = sum ||x - x_hat||^2 / sum ||x||^2
+l0    = mean number of non-zero activations (z != 0, so signed codes count);   l1 = mean sum |z|
 cos   = mean cosine of x and x_hat;   norm_ratio = mean ||x_hat|| / ||x||
+bias  = sum ||x_hat||^2 / sum <x, x_hat>    relative reconstruction bias: 1 where no rescaling helps, below 1: shrunk
     fvu_usual: fvu without rows of more than SINK_RATIO times the mean norm. Attention sinks outside position 0 are rare
     (one row in ten thousand of SmolLM2) but hold most of the variance where they occur, and flatter the plain fvu.
+
+Intervals (95 %) resample contexts: the tokens of one context are not independent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,63 +23,145 @@ from torch import Tensor
 from saes.codes import Codes
 
 SINK_RATIO = 10.0
+BOOTSTRAP = 1000
+_SUMS = ("n", "error", "square", "spread", "cos", "ratio", "square_hat", "dot", "l0", "l1")
+_RATIOS = {
+    "fvu": ("error", "spread"), "mse": ("error", "n"), "nmse": ("error", "square"), "cos": ("cos", "n"),
+    "norm_ratio": ("ratio", "n"), "bias": ("square_hat", "dot"), "l0": ("l0", "n"), "l1": ("l1", "n"),
+}  # fmt: skip
+
+
+def bootstrap(
+    sums: np.ndarray, value: Callable[[np.ndarray], np.ndarray], *, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of `value(sums over contexts)`; sums `[contexts, columns]`, value maps `[..., columns]` to `[...]`."""
+    rng, n = np.random.default_rng(seed), len(sums)
+    totals = np.stack([
+        np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64) @ sums for _ in range(BOOTSTRAP)
+    ])  # fmt: skip
+    low, high = np.quantile(value(totals), [0.025, 0.975])
+    return float(low), float(high)
 
 
 class Reconstruction:
-    """Sums over rows of x and x_hat; `add` batches, then read `values()`."""
+    """Sums over rows of x and x_hat; `add` batches, then read `values()`, and `intervals()` where contexts were given.
 
-    def __init__(self, d_model: int) -> None:
+    reference: the mean about which intervals of fvu measure the spread (values use the mean of the rows themselves).
+    """
+
+    def __init__(self, d_model: int, reference: Tensor | None = None) -> None:
         self.n = 0
+        self._reference = torch.zeros(d_model) if reference is None else reference.detach().double().cpu()
         self._sum = torch.zeros(d_model, dtype=torch.float64)
-        self._square = self._error = self._cos = self._ratio = self._l0 = 0.0
+        self._totals = np.zeros(len(_SUMS))
+        self._contexts: dict[int, np.ndarray] = {}
         self._has_codes = False
 
-    def add(self, x: Tensor, x_hat: Tensor, codes: Codes | None = None) -> None:
+    def add(
+        self, x: Tensor, x_hat: Tensor, codes: Codes | None = None, context: np.ndarray | None = None
+    ) -> None:
+        """Rows `[B, d_model]`, their codes, and the context (any id) that each row is from."""
         x, x_hat = x.detach().double().cpu(), x_hat.detach().double().cpu()
-        norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
-        self.n += len(x)
-        self._sum += x.sum(0)
-        self._square += (x**2).sum().item()
-        self._error += ((x - x_hat) ** 2).sum().item()
-        self._cos += ((x * x_hat).sum(1) / (norm * norm_hat).clamp_min(1e-30)).sum().item()
-        self._ratio += (norm_hat / norm.clamp_min(1e-30)).sum().item()
+        norm, norm_hat, dot = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
+        l0 = l1 = torch.zeros(len(x), dtype=torch.float64)
         if codes is not None:
             self._has_codes = True
-            self._l0 += codes.l0().sum().item()
+            l0, l1 = codes.l0().double().cpu(), l1_norms(codes).cpu()
+        columns = (
+            torch.ones_like(norm), ((x - x_hat) ** 2).sum(1), norm**2, ((x - self._reference) ** 2).sum(1),
+            dot / (norm * norm_hat).clamp_min(1e-30), norm_hat / norm.clamp_min(1e-30), norm_hat**2, dot, l0, l1,
+        )  # fmt: skip
+        rows = torch.stack(columns, dim=1).numpy()
+        self.n += len(x)
+        self._sum += x.sum(0)
+        self._totals += rows.sum(0)
+        if context is not None:
+            ids, inverse = np.unique(context, return_inverse=True)
+            for i, c in enumerate(ids.tolist()):
+                self._contexts[c] = self._contexts.get(c, 0) + rows[inverse == i].sum(0)
 
     def values(self) -> dict[str, float]:
-        """fvu, mse (summed over d_model), cos, norm_ratio, and l0 where codes were given."""
-        spread = self._square - (self._sum**2).sum().item() / max(self.n, 1)
-        n = max(self.n, 1)
-        out = {
-            "fvu": self._error / max(spread, 1e-300),
-            "mse": self._error / n,
-            "cos": self._cos / n,
-            "norm_ratio": self._ratio / n,
+        """fvu, mse (summed over d_model), nmse, cos, norm_ratio, bias, and l0 and l1 where codes were given."""
+        total = dict(zip(_SUMS, self._totals.tolist(), strict=True))
+        total["spread"] = total["square"] - (self._sum**2).sum().item() / max(self.n, 1)
+        return {m: total[a] / _no_zero(total[b]) for m, (a, b) in self._metrics().items()}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % interval of each metric over contexts; none from fewer than two contexts."""
+        if len(self._contexts) < 2:
+            return {}
+        sums, at = np.stack(list(self._contexts.values())), {name: i for i, name in enumerate(_SUMS)}
+        return {
+            m: bootstrap(sums, lambda t, a=a, b=b: t[:, at[a]] / np.maximum(t[:, at[b]], 1e-300))  # type: ignore[misc]
+            for m, (a, b) in self._metrics().items()
         }
-        return out | ({"l0": self._l0 / n} if self._has_codes else {})
+
+    def _metrics(self) -> dict[str, tuple[str, str]]:
+        return {m: r for m, r in _RATIOS.items() if self._has_codes or m not in ("l0", "l1")}
+
+
+def _no_zero(value: float) -> float:
+    return value if abs(value) > 1e-300 else 1e-300
+
+
+def l1_norms(codes: Codes) -> Tensor:
+    """Sum of |z| of each row, float64 `[B]`."""
+    size = codes.values.detach().double().abs()
+    if codes.offsets is None:
+        return size.sum(1)
+    return size.new_zeros(codes.n_rows).index_add_(0, codes.rows(), size)
 
 
 class Firing:
-    """How often each latent fires."""
+    """How often each latent fires, and on how many contexts."""
 
     def __init__(self, d_sae: int) -> None:
         self.rows = 0
         self.counts = torch.zeros(d_sae, dtype=torch.int64)
+        self.contexts = torch.zeros(d_sae, dtype=torch.int64)
+        self._last: tuple[int, Tensor] = (-1, torch.zeros(d_sae, dtype=torch.bool))
 
-    def add(self, codes: Codes) -> None:
+    def add(self, codes: Codes, context: np.ndarray | None = None) -> None:
+        """context: id of each row's context, not falling from row to row or from batch to batch."""
         self.rows += codes.n_rows
-        fired = codes.indices.reshape(-1)[codes.values.reshape(-1) != 0].long().cpu()
-        self.counts += torch.bincount(fired, minlength=len(self.counts))
+        fires = (codes.values.reshape(-1) != 0).cpu()
+        fired = codes.indices.reshape(-1).cpu()[fires].long()
+        d_sae = len(self.counts)
+        self.counts += torch.bincount(fired, minlength=d_sae)
+        if context is None or codes.n_rows == 0:
+            return
+        owner = torch.from_numpy(np.asarray(context, dtype=np.int64))[codes.rows().cpu()[fires]]
+        pairs = torch.unique(owner * d_sae + fired)
+        seen = torch.bincount(pairs % d_sae, minlength=d_sae)
+        # a context that goes on from the batch before has had some of its latents counted
+        first, last = int(context[0]), int(context[-1])
+        before, known = self._last
+        again = _latents_of(pairs, first, d_sae) & known if first == before else torch.zeros_like(known)
+        self.contexts += seen - again.long()
+        now = _latents_of(pairs, last, d_sae)
+        self._last = (last, now | known if last == before else now)
 
     def density(self) -> np.ndarray:
         """Share of rows on which each latent fires, float64 `[d_sae]`."""
         return self.counts.double().numpy() / max(self.rows, 1)
 
+    def consistency(self) -> np.ndarray:
+        """Firings a context among contexts with at least one (the consistent-activation heuristic); NaN if silent."""
+        contexts = self.contexts.double().numpy()
+        return np.divide(
+            self.counts.double().numpy(), contexts, out=np.full(len(contexts), np.nan), where=contexts > 0
+        )
+
     def values(self) -> dict[str, float]:
-        """alive: share of latents that fired at all; dense: share that fire on more than a tenth of rows."""
-        density = self.density()
-        return {"alive": float((density > 0).mean()), "dense": float((density > 0.1).mean())}
+        """Shares of latents: alive (fired at all), dense (on more than a tenth of rows), dense_1pct; mean consistency."""
+        density, consistency = self.density(), self.consistency()
+        out = {
+            "alive": float((density > 0).mean()),
+            "dense": float((density > 0.1).mean()),
+            "dense_1pct": float((density > 0.01).mean()),
+        }
+        known = consistency[np.isfinite(consistency)]
+        return out | ({"consistency": float(known.mean())} if len(known) else {})
 
     def histogram(self, bins: int = 40) -> list[dict[str, Any]]:
         """Counts of log10 density over the latents that fired: rows of lo, hi, count."""
@@ -85,3 +172,9 @@ class Firing:
         return [
             {"lo": float(a), "hi": float(b), "count": int(c)} for a, b, c in zip(edges, edges[1:], counts)
         ]
+
+
+def _latents_of(pairs: Tensor, context: int, d_sae: int) -> Tensor:
+    out = torch.zeros(d_sae, dtype=torch.bool)
+    out[pairs[pairs // d_sae == context] % d_sae] = True
+    return out

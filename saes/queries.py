@@ -12,44 +12,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 
 from cache.corpus import Corpus
 from cache.errors import DataError, MissingDataError, UsageError
 from cache.workspace import read_json, workspace_path
+from saes.example import Example
+from saes.index_file import connect_index
 from saes.labels import current_labels
 
-SORTS = {"density", "max_act", "min_act", "mean_act", "n_fire", "feature", "match"}
+SORTS = {"density", "max_act", "min_act", "mean_act", "n_fire", "feature", "match", "proxy_score"}
+PROXIES_RECORD = "proxies.json"
 MODES = ("label", "token", "id")
 MAX_PAGE = 200
 _NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,80}")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One context of a feature: its row in the token table, document, tokens around it and activations there."""
-
-    row: int
-    doc: int
-    seq: int
-    pos: int
-    split: str
-    value: float
-    tokens: list[str]
-    values: list[float]
-    centre: int
-    """Position of `row` in `tokens`."""
-    band: str = ""
-    """Quantile band, q0 the strongest tenth."""
-    repeats: int = 1
-    """Number of identical windows that this one stands for."""
-    rows: range = field(default=range(0))
 
 
 class FeatureIndex:
@@ -64,7 +44,7 @@ class FeatureIndex:
             )
         self.sae_id: str = self.meta["sae_id"]
         self.corpus = Corpus.open(workspace / "corpora" / self.meta["corpus"])
-        self._base = _connect(folder / self.meta["file"], workspace)
+        self._base = connect_index(folder / self.meta["file"], workspace)
 
     @classmethod
     def open(cls, path: str | Path | None = None, sae_id: str | None = None) -> FeatureIndex:
@@ -112,7 +92,7 @@ class FeatureIndex:
         alive: bool = True,
         min_max_act: float | None = None,
         within: Sequence[int] | None = None,
-        sort: str = "density",
+        sort: str | None = None,
         descending: bool = True,
         limit: int = 50,
         offset: int = 0,
@@ -121,9 +101,9 @@ class FeatureIndex:
 
         mode: `label` (text in a label), `token` (features that fire on a token, sorted by `match`, the activation mass
         there), `id`. density: range of the share of tokens. within: only these features. Columns: feature, label,
-        density, max_act, min_act,
-        n_fire, top_token, match.
+        density, max_act, min_act, n_fire, top_token, match, and proxy_score (of the better pole) where sorted by it.
         """
+        sort = sort or ("match" if mode == "token" and query.strip() else "density")
         if mode not in MODES or sort not in SORTS:
             raise UsageError(f"mode is one of {', '.join(MODES)} and sort one of {', '.join(sorted(SORTS))}")
         labels = self.labels()
@@ -144,12 +124,15 @@ class FeatureIndex:
         if min_max_act is not None:
             where.append("greatest(f.max_act, -f.min_act) >= ?")
             parameters.append(min_max_act)
-        body = f"FROM idx.feature f WHERE {' AND '.join(where)}"
+        scored = sort == "proxy_score"
+        proxies = f" LEFT JOIN ({self._best_pole_sql()}) p USING (feature)" if scored else ""
+        body = f"FROM idx.feature f{proxies} WHERE {' AND '.join(where)}"
         total = int(self.frame(f"SELECT count(*) AS n {body}", parameters)["n"][0])
         order = sort if sort != "match" or match_sql != "NULL::DOUBLE" else "density"
         page = self.frame(
-            f"SELECT f.feature, f.density, f.max_act, f.min_act, f.n_fire, f.top_tok, f.hist, {match_sql} AS match "
-            f"{body} ORDER BY {order} {'DESC' if descending else 'ASC'}, f.feature LIMIT ? OFFSET ?",
+            f"SELECT f.feature, f.density, f.max_act, f.min_act, f.n_fire, f.top_tok, f.hist, {match_sql} AS match"
+            f"{', proxy_score' if scored else ''} {body} "
+            f"ORDER BY {order} {'DESC' if descending else 'ASC'} NULLS LAST, f.feature LIMIT ? OFFSET ?",
             [*parameters, min(max(limit, 0), MAX_PAGE), max(offset, 0)],
         )
         page.insert(1, "label", [_label_text(labels, int(f)) for f in page["feature"]])
@@ -245,6 +228,24 @@ class FeatureIndex:
             found = found[splits[found["row"].to_numpy()] == (1 if split == "heldout" else 0)]
         return self._windows(feature, found, n if kind != "quantile" else max(n, 50), width)
 
+    def firings(self, feature: int, sign: int = 1) -> pd.DataFrame:
+        """Every firing of one pole, the strongest first: row, value."""
+        self._check(feature)
+        sql = "SELECT row, value FROM idx.activation WHERE feature = ? AND value * ? > 0 ORDER BY abs(value) DESC, row"
+        return self.frame(sql, [feature, sign])
+
+    def contexts(
+        self,
+        feature: int,
+        rows: Sequence[int] | np.ndarray,
+        values: Sequence[float] | np.ndarray,
+        *,
+        width: int = 30,
+    ) -> list[Example]:
+        """Windows around given rows, in their order, with the feature's activations; identical windows once."""
+        found = pd.DataFrame({"row": np.asarray(rows), "value": np.asarray(values), "kind": "top"})
+        return self._windows(feature, found, len(found), width)
+
     def _windows(self, feature: int, found: pd.DataFrame, n: int, width: int) -> list[Example]:
         spans = [self._span(int(row), width) for row in found["row"]]
         rows = sorted({r for span in spans for r in span})
@@ -331,6 +332,27 @@ class FeatureIndex:
             "SELECT feature, x, y, density, max_act FROM idx.feature WHERE n_fire > 0 ORDER BY feature"
         )
 
+    def proxies(self) -> pd.DataFrame:
+        """Interpretability proxies, one row a pole that fires (columns: saes/proxies.py)."""
+        return self.frame(f"SELECT * FROM {self.proxies_sql()} ORDER BY feature, sign DESC")
+
+    def proxies_sql(self) -> str:
+        """The table of proxies as SQL. Raises MissingDataError where this index file has none."""
+        path = self.folder / PROXIES_RECORD
+        record = read_json(path) if path.is_file() else {}
+        if record.get("index") != self.meta["file"]:
+            raise MissingDataError(
+                "this index has no interpretability proxies yet: run `atomscope feature proxies`"
+            )
+        return (
+            f"read_parquet('{str((self.folder / record['file']).resolve()).replace(chr(39), chr(39) * 2)}')"
+        )
+
+    def _best_pole_sql(self) -> str:
+        # NaN stands for too few firings to judge: it sorts last, not first
+        best = "max(proxy_score) FILTER (NOT isnan(proxy_score)) AS proxy_score"
+        return f"SELECT feature, {best} FROM {self.proxies_sql()} GROUP BY feature"
+
     # ---- words ----
 
     def token(self, tok: Any) -> str:
@@ -346,23 +368,20 @@ class FeatureIndex:
         self._base.close()
 
 
+def find_sae(workspace: Path, meta: dict[str, Any]) -> Path:
+    """Folder of the SAE that an index was made from, by its id, inside the workspace; moved folders are found."""
+    named = [workspace / meta["sae_path"]] if meta.get("sae_path") else []
+    for folder in [*named, *(p.parent for p in sorted(workspace.glob("saes/*/*/cfg.json")))]:
+        cfg = folder / "cfg.json"
+        if not cfg.is_file() or not folder.resolve().is_relative_to(workspace.resolve()):
+            continue
+        if read_json(cfg).get("metadata", {}).get("sae_id") == meta["sae_id"]:
+            return folder
+    raise MissingDataError(
+        f"the SAE {meta['sae_id']} is not in {workspace}: save it into saes/<run>/<name>, or train and index it again"
+    )
+
+
 def _label_text(labels: dict[tuple[int, int], dict[str, Any]], feature: int) -> str:
     both = [labels[(feature, s)]["text"] for s in (1, -1) if (feature, s) in labels]
     return " / ".join(both)
-
-
-def _connect(file: Path, workspace: Path) -> duckdb.DuckDBPyConnection:
-    """An in-memory connection that sees the index as `idx` and no file outside the workspace."""
-    if not file.is_file():
-        raise MissingDataError(f"{file} is gone: run `atomscope index` again")
-    con = duckdb.connect()
-    try:
-        con.execute(f"ATTACH '{str(file).replace(chr(39), chr(39) * 2)}' AS idx (READ_ONLY)")
-    except duckdb.Error as e:
-        raise DataError(
-            f"{file} is not a readable index ({e}): delete its folder and run `atomscope index` again"
-        ) from e
-    con.execute(f"SET allowed_directories = ['{str(workspace.resolve()).replace(chr(39), chr(39) * 2)}/']")
-    con.execute("SET enable_external_access = false")
-    con.execute("SET lock_configuration = true")
-    return con

@@ -1,4 +1,4 @@
-"""The SAE module: four tensors, `encode` to Codes, `decode` back, `save` and `load` in SAELens's file layout.
+"""The SAE module: its tensors, `encode` to Codes, `decode` back, `save` and `load` in SAELens's file layout.
 
 Weights are rows per latent in memory, `W_enc, W_dec [d_sae, d_model]`; SAELens's transposed encoder exists at the
 file boundary only (saes/files.py). A saved SAE is folded: it takes raw activations and its codes are in their units.
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from cache.errors import DataError
 from cache.workspace import canonical_json
+from saes.activations import encode
 from saes.codes import Codes
 from saes.config import SAEConfig
-from saes.kernels import decode_rows, sparse_step, top_pre_activations
+from saes.kernels import decode_rows
 
 
 class SAE(nn.Module):
     """Sparse autoencoder `x_hat = sum_j z_j W_dec[j] + b_dec` with `z = act((x - b_dec) W_enc^T + b_enc)`.
 
-    Parameters (float32): W_enc, W_dec `[d_sae, d_model]`, b_enc `[d_sae]`, b_dec `[d_model]`.
+    Parameters (float32): W_enc, W_dec `[d_sae, d_model]`, b_enc `[d_sae]`, b_dec `[d_model]`; threshold `[d_sae]` >= 0
+    of jumprelu and batch_*; r_mag and b_mag `[d_sae]` of gated, whose b_enc is the bias of the gate.
     """
 
     def __init__(self, cfg: SAEConfig) -> None:
@@ -35,35 +37,23 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_model))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_model))
+        if cfg.has_threshold:
+            self.threshold = nn.Parameter(torch.zeros(cfg.d_sae))
+        if cfg.activation == "gated":
+            self.r_mag = nn.Parameter(torch.zeros(cfg.d_sae))
+            self.b_mag = nn.Parameter(torch.zeros(cfg.d_sae))
 
     def encode(self, x: Tensor) -> Codes:
-        """Codes of x `[..., d_model]` (leading axes flattened to rows): values float32 `[B, k]`, indices int32.
+        """Codes of x `[..., d_model]` (leading axes flattened to rows): values float32 and indices int32, `[B, k]` for
+        topk and abs_topk, flat with offsets for the rest (`saes.activations` has the rules).
 
         Differentiable where x or a parameter asks for gradients. Raises DataError on a wrong width.
         """
-        rows = self._rows(x)
-        if torch.is_grad_enabled() and (rows.requires_grad or self.W_enc.requires_grad):
-            _, values, indices, _ = sparse_step(
-                rows, self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.cfg.k, signed=self.cfg.signed
-            )
-            return Codes(values, indices.int())
-        with torch.no_grad():
-            values, indices = top_pre_activations(
-                rows - self.b_dec, self.W_enc, self.b_enc, self.cfg.k, signed=self.cfg.signed
-            )
-            return Codes(values if self.cfg.signed else values.relu_(), indices.int())
+        return encode(self, self._rows(x))
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction `[B, d_model]` of codes; rows with no activation give b_dec."""
-        if codes.offsets is None:
-            return decode_rows(codes.values, codes.indices, self.W_dec) + self.b_dec
-        starts = codes.offsets[:-1].to(codes.indices.dtype)
-        return (
-            nn.functional.embedding_bag(
-                codes.indices, self.W_dec, starts, per_sample_weights=codes.values, mode="sum"
-            )
-            + self.b_dec
-        )
+        return decode_rows(codes.values, codes.indices, self.W_dec, codes.offsets) + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction with the shape of x."""
@@ -115,11 +105,12 @@ class SAE(nn.Module):
 def fold_input_scale(sae: SAE, scale: float) -> None:
     """Turn an SAE trained on `scale * x` into the same SAE on raw x, in place.
 
-    With u' = (s x - b_dec') W^T + b_enc' and unit decoder rows, u = u' / s: b_enc and b_dec are divided by s,
-    W_enc and W_dec stay, and the selected latents do not change.
+    With u' = (s x - b_dec') W^T + b_enc' and unit decoder rows, u = u' / s: everything in units of u or x (b_enc,
+    b_mag, thresholds, b_dec) is divided by s; W_enc, W_dec and r_mag stay, and the selected latents do not change.
     """
-    sae.b_enc.div_(scale)
-    sae.b_dec.div_(scale)
+    for name in ("b_enc", "b_mag", "threshold", "b_dec"):
+        if hasattr(sae, name):
+            getattr(sae, name).div_(scale)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where training rows come from: an activation store, or a tensor in memory. Both give statistics and a stream.
+"""Where training rows come from: an activation store, a ring, or a tensor in memory: statistics and a stream.
 
 The stream contract is the store's (cache/stream.py): an endless iterator of full batches with an exact
 `state_dict()`, so that training resumes on the very next row.
@@ -76,6 +76,27 @@ class StoreSource:
             device=device,
         )
         return _StoreRows(inner, self.hook)
+
+
+@dataclass
+class RingSource(StoreSource):
+    """Rows of one hook of a `Ring`: the model computes them while they are trained on."""
+
+    def __post_init__(self) -> None:
+        self.d_model = self.store.d(self.hook)
+        identity = self.store.identity
+        self.provenance = {
+            "store": self.store.path.name,
+            "hook": self.hook,
+            "model": identity.get("model", ""),
+            "model_sha": identity.get("weights_sha256", ""),
+            "ring": self.store.provenance,
+        }
+
+    def moments(self, cfg: TrainConfig) -> Moments:
+        """Of the first window: an estimate, kept beside the ring so that a resumed run has the same."""
+        s = self.store.stats(self.hook, split=cfg.split, skip=cfg.skip, seed=cfg.seed)
+        return Moments(s.n, float(s.mean_norm))
 
 
 class _StoreRows:

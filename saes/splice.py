@@ -61,8 +61,12 @@ class Attached:
         sae, edit = self.saes[hook], self._edits.get(hook)
         source = x.detach() if self.error == "detached" else x
         codes = sae.encode(source)
-        if codes.values.requires_grad:
-            codes.values.retain_grad()
+        if torch.is_grad_enabled():
+            # SAEs from `train` and `load` are frozen, and so is the model: the codes are then leaves
+            if codes.values.requires_grad:
+                codes.values.retain_grad()
+            else:
+                codes.values.requires_grad_()
         self.codes[hook] = codes
         grads = torch.is_grad_enabled() and codes.values.requires_grad
         if self.error is not False and edit is None and not grads:
@@ -85,6 +89,11 @@ def attach(
     """
     for hook, sae in saes.items():
         model.check_hook(hook)
+        want, got = sae.cfg.model_sha, model.identity.get("weights_sha256")
+        if want and got and want != got:
+            raise DataError(
+                f"the SAE was trained on other weights ({want[:12]}) than {model.name} has ({got[:12]}): load that model"
+            )
         if model.d_hook(hook) != sae.cfg.d_model:
             raise DataError(
                 f"the SAE has d_model={sae.cfg.d_model}, {hook} of {model.name} has {model.d_hook(hook)}: "

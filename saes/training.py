@@ -33,7 +33,7 @@ from cache.workspace import atomic_file, canonical_json, read_json, workspace_pa
 from saes.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from saes.config import SAEConfig, TrainConfig
 from saes.sae import SAE
-from saes.sources import Source, StoreSource, TensorSource
+from saes.sources import RingSource, Source, StoreSource, TensorSource
 from saes.trainer import Trainer
 
 SAMPLE_ROWS = 16_384
@@ -57,10 +57,10 @@ def train(
     workspace: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> list[TrainResult]:
-    """Train SAEs together on an `ActivationStore` (with `hook`) or on a tensor `[N, d_model]`.
+    """Train SAEs together on an `ActivationStore` or a `harvest_ring` (with `hook`), or on a tensor `[N, d_model]`.
 
-    A store's run is kept in its workspace; a tensor's only if `workspace` is given. Returns folded SAEs in the
-    order of `saes`. Raises UsageError on a bad combination, DataError on NaN in data or loss, and KeyboardInterrupt
+    A store's or ring's run is kept in its workspace; a tensor's only if `workspace` is given. Returns folded SAEs in
+    the order of `saes`. Raises UsageError on a bad combination, DataError on NaN in data or loss, and KeyboardInterrupt
     after writing a checkpoint; the same call then goes on where it was.
     """
     config = config or TrainConfig()
@@ -79,10 +79,12 @@ def train(
 def _source(data: Any, hook: str | None) -> Source:
     if isinstance(data, Tensor):
         return TensorSource(data)
+    from cache.ring import Ring
+
     hook = hook or (data.hooks[0] if len(data.hooks) == 1 else None)
     if hook is None:
         raise UsageError(f"this store has several hooks, say which: hook= one of {', '.join(data.hooks)}")
-    return StoreSource(data, hook)
+    return RingSource(data, hook) if isinstance(data, Ring) else StoreSource(data, hook)
 
 
 def _bind(cfg: SAEConfig, source: Source) -> SAEConfig:
@@ -130,12 +132,14 @@ def _run(
     trainers = [Trainer(c, config, source.moments(config), device) for c in configs]
     log = _Metrics(run)
     checkpoint = latest_checkpoint(run) if run is not None else None
+    log.keep_until(checkpoint.step if checkpoint else 0)
     if checkpoint is not None:
         for t, (tensors, state) in zip(trainers, checkpoint.saes, strict=True):
             t.load(tensors, state)
-        log.keep_until(checkpoint.step)
     else:
-        _start(source, trainers, config, device)
+        sample = _sample(source, config, device)
+        for t in trainers:
+            t.start(sample)
     first = checkpoint.step if checkpoint else 0
     record = _record(source, configs, config)
     if run is not None:
@@ -146,8 +150,9 @@ def _run(
     finally:
         stream.close()
     results = []
+    check = _sample(source, config, device) if any(t.checks_threshold for t in trainers) else None
     for i, t in enumerate(trainers):
-        sae = t.finish()
+        sae = t.finish(check)
         path = sae.save(run / _folder(i, t.cfg)) if run is not None else None
         results.append(TrainResult(sae, path, [r for r in log.rows if r["sae"] == i]))
     if run is not None:
@@ -163,8 +168,8 @@ def _run(
     return results
 
 
-def _start(source: Source, trainers: list[Trainer], config: TrainConfig, device: torch.device) -> None:
-    """Initial weights from the first rows of a stream of its own, so that training sees the data from its start."""
+def _sample(source: Source, config: TrainConfig, device: torch.device) -> Tensor:
+    """The first SAMPLE_ROWS rows of a stream of its own, so that training sees the data from its start."""
     stream = source.stream(config, None, device)
     rows: list[Tensor] = []
     try:
@@ -174,9 +179,7 @@ def _start(source: Source, trainers: list[Trainer], config: TrainConfig, device:
                 break
     finally:
         stream.close()
-    sample = torch.cat(rows)
-    for t in trainers:
-        t.start(sample)
+    return torch.cat(rows)
 
 
 def _loop(
@@ -201,13 +204,30 @@ def _loop(
                 rate = (done - first) * config.batch_size / (time.monotonic() - start)
                 _log(trainers, config, step, rate, log, bar, run)
             if run is not None and (stop.is_set() or time.monotonic() - saved > config.checkpoint_seconds):
-                log.flush(done)
-                state = [(t.tensors(), t.state()) for t in trainers]
-                save_checkpoint(run, Checkpoint(done, stream.state_dict(), state))
+                _save(trainers, stream, config, run, log, done)
                 saved = time.monotonic()
             if stop.is_set():
                 raise KeyboardInterrupt
     log.flush(config.steps)
+
+
+def _save(
+    trainers: list[Trainer], stream: Any, config: TrainConfig, run: Path, log: _Metrics, done: int
+) -> None:
+    """A checkpoint after `done` steps; never of a state that has gone wrong since the last logged step."""
+    for t in trainers:
+        if not torch.isfinite(t.running_sums).all():
+            raise _not_finite("the loss", done, t, config, run)
+    log.flush(done)
+    state = [(t.tensors(), t.state()) for t in trainers]
+    save_checkpoint(run, Checkpoint(done, stream.state_dict(), state))
+
+
+def _not_finite(what: str, step: int, t: Trainer, config: TrainConfig, run: Path | None) -> DataError:
+    return DataError(
+        f"{what} is not finite at step {step} of SAE {t.cfg.label}: lower lr "
+        f"(now {config.peak_lr(t.cfg.d_sae):.2g}); last good state: {_last_good(run)}"
+    )
 
 
 def _log(
@@ -223,10 +243,7 @@ def _log(
         row = t.metrics()
         bad = [k for k, v in row.items() if not v < float("inf")]
         if bad:
-            raise DataError(
-                f"{', '.join(bad)} is not finite at step {step + 1} of SAE {t.cfg.label}: lower lr "
-                f"(now {config.peak_lr(t.cfg.d_sae):.2g}); last good state: {_last_good(run)}"
-            )
+            raise _not_finite(", ".join(bad), step + 1, t, config, run)
         lr = config.lr_at(step, t.cfg.d_sae)
         log.add(
             {"sae": i, "step": step + 1, "tokens": (step + 1) * config.batch_size, "lr": lr, "rate": rate}
@@ -269,7 +286,8 @@ class _Metrics:
 
     def keep_until(self, step: int) -> None:
         """Read the parts of an earlier start up to its checkpoint; later parts belong to steps that run again."""
-        assert self._folder is not None
+        if self._folder is None:
+            return
         for part in sorted(self._folder.glob("part-*.parquet")):
             if int(part.stem.removeprefix("part-")) > step:
                 part.unlink()
@@ -288,12 +306,21 @@ class _Metrics:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set an event: the step in hand ends, a checkpoint is written, then the loop stops."""
+    """Ctrl-C and SIGTERM set an event: the step in hand ends, a checkpoint is written, then the loop stops.
+
+    A second one stops at once: a step may be waiting for a model that fills a ring.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    old = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -12,6 +12,7 @@ from cache.errors import AtomscopeError
 from cache.views import create_view, literal, values_sql
 from cache.workspace import read_json
 from saes.labels import current_labels
+from saes.queries import PROXIES_RECORD
 
 _RUNS = {
     "run": "VARCHAR", "sae": "VARCHAR", "status": "VARCHAR", "activation": "VARCHAR", "d_sae": "INTEGER",
@@ -32,18 +33,23 @@ _LABELS = {
     "method": "VARCHAR", "score": "DOUBLE", "created": "VARCHAR",
 }  # fmt: skip
 _FEATURES = {
-    "sae_id": "VARCHAR", "store": "VARCHAR", "feature": "INTEGER", "n_fire": "BIGINT", "n_pos": "BIGINT",
+    "sae_id": "VARCHAR", "store": "VARCHAR", "corpus": "VARCHAR", "feature": "INTEGER", "n_fire": "BIGINT", "n_pos": "BIGINT",
     "n_neg": "BIGINT", "density": "DOUBLE", "mean_act": "DOUBLE", "max_act": "FLOAT", "min_act": "FLOAT",
     "top_tok": "INTEGER", "dec_norm": "FLOAT", "x": "FLOAT", "y": "FLOAT",
 }  # fmt: skip
 _EXAMPLES = {
-    "sae_id": "VARCHAR", "store": "VARCHAR", "feature": "INTEGER", "sign": "TINYINT", "kind": "VARCHAR",
+    "sae_id": "VARCHAR", "store": "VARCHAR", "corpus": "VARCHAR", "feature": "INTEGER", "sign": "TINYINT", "kind": "VARCHAR",
     "rank": "INTEGER", "row": "BIGINT", "value": "FLOAT",
 }  # fmt: skip
 _TOKENS = {
-    "sae_id": "VARCHAR", "store": "VARCHAR", "tok": "INTEGER", "feature": "INTEGER", "n": "BIGINT",
+    "sae_id": "VARCHAR", "store": "VARCHAR", "corpus": "VARCHAR", "tok": "INTEGER", "feature": "INTEGER", "n": "BIGINT",
     "max_act": "FLOAT", "min_act": "FLOAT", "mass": "DOUBLE",
 }  # fmt: skip
+_PROXIES = {"sae_id": "VARCHAR", "store": "VARCHAR", "feature": "INTEGER", "sign": "TINYINT", "n": "BIGINT"}
+_PROXIES |= dict.fromkeys(
+    ("word_f1", "before_f1", "entropy", "top_share", "coherence", "detection", "intruder", "weighted", "lens_input",
+     "lens_next", "proxy_score"), "DOUBLE",
+)  # fmt: skip
 
 
 def views(workspace: Path) -> list[str]:
@@ -64,6 +70,7 @@ def views(workspace: Path) -> list[str]:
         create_view("labels", values_sql(_LABELS, list(current_labels(workspace).values()))),
         create_view("features", _index_sql("feature", _FEATURES, metas)),
         create_view("feature_examples", _index_sql("feature_example", _EXAMPLES, metas)),
+        create_view("proxies", _proxies_sql(indexes)),
         create_view("feature_tokens", _index_sql("token_feature", _TOKENS, metas)),
     ]
 
@@ -113,11 +120,24 @@ def _parquet_sql(files: list[Path], columns: dict[str, str]) -> str:
     return f"SELECT {casts} FROM read_parquet([{', '.join(literal(f) for f in files)}], union_by_name = true)"
 
 
+def _proxies_sql(indexes: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The proxies of each index whose record names a table of the index file in use."""
+    parts = []
+    rest = ", ".join(f"{c}::{t} AS {c}" for c, t in _PROXIES.items() if c not in ("sae_id", "store"))
+    for folder, meta in indexes:
+        record = _json(folder / PROXIES_RECORD) if (folder / PROXIES_RECORD).is_file() else {}
+        if record.get("index") == meta["file"]:
+            ids = f"{literal(meta['sae_id'])} AS sae_id, {literal(meta['store'])} AS store"
+            parts.append(f"SELECT {ids}, {rest} FROM read_parquet({literal(folder / record['file'])})")
+    return " UNION ALL ".join(parts) if parts else _empty(_PROXIES)
+
+
 def _index_sql(table: str, columns: dict[str, str], metas: list[dict[str, Any]]) -> str:
     if not metas:
         return _empty(columns)
-    rest = ", ".join(c for c in columns if c not in ("sae_id", "store"))
+    rest = ", ".join(c for c in columns if c not in ("sae_id", "store", "corpus"))
     return " UNION ALL ".join(
-        f"SELECT {literal(m['sae_id'])} AS sae_id, {literal(m['store'])} AS store, {rest} FROM features_{i}.{table}"
+        f"SELECT {literal(m['sae_id'])} AS sae_id, {literal(m['store'])} AS store, {literal(m['corpus'])} AS corpus, "
+        f"{rest} FROM features_{i}.{table}"
         for i, m in enumerate(metas)
     )

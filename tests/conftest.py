@@ -10,6 +10,8 @@ import pytest
 
 from tests.tiny import tiny_model_dir
 
+pytest.register_assert_rewrite("tests.rings")
+
 REAL_MODEL = "smollm2-135m-instruct-q4_1"
 
 

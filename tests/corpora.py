@@ -26,7 +26,9 @@ HOOK = "blocks.0.hook_resid_post"
 OTHER = "blocks.1.hook_resid_post"
 
 
-def make_corpus(workspace: Path, lengths: Sequence[int], *, label: str | None = "label_kind") -> Corpus:
+def make_corpus(
+    workspace: Path, lengths: Sequence[int], *, label: str | None = "label_kind", group_rows: int = 1000
+) -> Corpus:
     """One document a sequence, lengths[i] tokens; every fourth document is held out."""
     lengths_ = np.asarray(lengths)
     n, docs = int(lengths_.sum()), np.arange(len(lengths_), dtype=np.int32)
@@ -46,7 +48,9 @@ def make_corpus(workspace: Path, lengths: Sequence[int], *, label: str | None = 
     fingerprint = hashlib.sha256(canonical_json([*map(int, lengths), label]).encode()).hexdigest()
     folder = workspace_path(workspace) / "corpora" / fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), folder / "tokens.parquet", compression="zstd", row_group_size=1000)
+    pq.write_table(
+        pa.table(columns), folder / "tokens.parquet", compression="zstd", row_group_size=group_rows
+    )
     words = {"tok": pa.array(range(len(VOCAB)), pa.int32()), "token": pa.array(VOCAB, pa.string())}
     pq.write_table(pa.table(words), folder / "vocab.parquet")
     table: dict[str, Any] = {

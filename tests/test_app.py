@@ -210,7 +210,7 @@ def test_an_empty_label_is_not_saved(tiny_workspace, monkeypatch) -> None:
 
 def test_home_lists_measures_beside_their_controls(tiny_workspace, monkeypatch) -> None:
     page = words(open_page("home", tiny_workspace.path, monkeypatch))
-    for word in ("ΔCE, nats", "random dictionary", "PCA, 4", "abs-topk", "complete", "held out"):
+    for word in ("ΔCE, nats", "untrained dictionary", "PCA, 4", "abs-topk", "complete", "held out"):
         assert word in page, word
 
 
@@ -220,6 +220,14 @@ def test_a_model_that_is_not_there_gives_one_line(page, tiny_workspace, tmp_path
     at.text_input(key="model_source").set_value(str(tmp_path / "nowhere"))
     at = checked(at.button(key="load_model").click().run())
     assert "no model" in words(at)
+
+
+def test_two_models_of_one_name_are_told_apart_by_their_weights(monkeypatch) -> None:
+    from app import state
+
+    state._models()["aaa"] = "the first model"
+    assert state.loaded({"model": "final", "model_sha": "aaa"})
+    assert not state.loaded({"model": "final", "model_sha": "bbb"})
 
 
 def test_other_weights_than_the_trained_ones_are_refused(tiny_workspace, tiny_dir, monkeypatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,7 @@ def test_the_whole_path_by_commands(
     code, out, _ = run(capsys, *args)
     assert code == 0 and json.loads(out)[0]["l0"] <= 5
     code, out, _ = run(capsys, "evaluate", "latest", "--max-tokens", "300", *model, *w)
-    assert code == 0 and "held-out FVU" in out and "pca-5" in out and "random" in out
+    assert code == 0 and "held-out FVU" in out and "pca-5" in out and "untrained" in out
     code, out, _ = run(capsys, "index", "latest", *model, *w)
     assert code == 0 and (Path(out.strip()) / "current.json").is_file()
     code, out, _ = run(capsys, "feature", "list", "the", *w, "--json")
@@ -124,6 +126,84 @@ def test_a_workspace_that_cannot_be_written_is_one_line(capsys) -> None:
     assert code == 2 and "not writable" in err
 
 
+def test_an_interrupted_command_ends_with_130_and_goes_on_later(space: Path, tmp_path: Path) -> None:
+    from tests.corpora import make_store
+
+    store, _ = make_store(tmp_path, [40] * 20)
+    root = str(Path(__file__).resolve().parent.parent)
+    args = ["train", str(store.path), "--d-sae", "48", "--k", "3", "--steps", "200000", "--batch-size", "64"]
+
+    def started() -> int:
+        """Changes when a run (re)writes its record, which it does right before its loop."""
+        return max((p.stat().st_mtime_ns for p in tmp_path.glob("saes/*/run.json")), default=0)
+
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        before = started()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", *args, "-w", str(tmp_path)], cwd=root, text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while started() == before:
+            assert child.poll() is None, child.communicate()[1]
+        threading.Event().wait(0.5)
+        child.send_signal(stop)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == 130, err
+        assert "goes on from here" in err
+        assert list(tmp_path.glob("saes/*/checkpoints/step-*/state.json"))
+
+
+def test_a_damaged_store_makes_verify_fail(capsys, tmp_path: Path) -> None:
+    from tests.corpora import make_store
+
+    store, _ = make_store(tmp_path)
+    data = next(store.path.rglob("*.parquet"))
+    raw = bytearray(data.read_bytes())
+    raw[100] ^= 1
+    data.write_bytes(raw)
+    code, out, _ = run(capsys, "store", "verify", str(store.path))
+    assert code == 1 and data.name in out
+
+
+@pytest.mark.parametrize(
+    ("assign", "words"),
+    [
+        ("train.steps=abc", "whole number"),
+        ("train.steps=1.5", "whole number"),
+        ("train.lr=[", "YAML"),
+        ("train.steps.x=1", "no fields"),
+        ("saes.0.name=a/b", "folder"),
+    ],
+)
+def test_a_bad_override_is_one_line(assign: str, words: str) -> None:
+    job = {"saes": [{"d_sae": 64, "k": 4}], "train": {"steps": 10}}
+    with pytest.raises(UsageError, match=words):
+        jobs.override(job, [assign])
+        jobs.resolve(job)
+
+
+def test_whole_numbers_may_be_written_as_floats_and_a_warm_up_of_0_is_legal() -> None:
+    job: dict = {"saes": [{"d_sae": 64, "k": 4}]}
+    jobs.override(job, ["train.steps=1e2", "train.warmup_steps=0", "train.screen=off"])
+    _, train = jobs.resolve(job)
+    assert train.steps == 100 and train.screen == "off" and train.lr_at(0, 64) > 0
+
+
+@pytest.mark.parametrize("job", [{"saes": [5]}, {"saes": {"k": 1}}, {"saes": [{"d_sae": 8}], "train": 5}])
+def test_a_job_of_the_wrong_shape_is_one_line(job: dict) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        jobs.resolve(job)
+
+
+def test_flags_of_one_sae_and_a_job_file_do_not_mix(capsys, space: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("saes: [{d_sae: 64, k: 4}]")
+    code, _, err = run(capsys, "train", "latest", "--config", str(job), "--k", "7", "-w", str(space))
+    assert code == 2 and "--set saes.0.k" in err
+    code, _, err = run(capsys, "train", "latest", "--k", "7", "-w", str(space))
+    assert code == 2 and "--d-sae" in err
+
+
 def test_overrides_reach_lists_and_refuse_nonsense() -> None:
     job = {"saes": [{"d_sae": 64, "k": 4}], "train": {}}
     jobs.override(job, ["saes.0.k=8", "train.lr=8e-4"])
@@ -145,7 +225,7 @@ def test_every_command_has_help() -> None:
         "evaluate",
         "index",
     ]
-    for command in [*commands, "feature list", "feature show", "steer", "app", "demo", "doctor"]:
+    for command in [*commands, "feature list", "feature show", "feature proxies", "compare", "labels explain", "steer", "app", "demo", "doctor"]:
         done = subprocess.run(
             [sys.executable, "-m", "app.cli", *command.split(), "--help"], capture_output=True, text=True,
             cwd=Path(__file__).resolve().parent.parent,

@@ -172,7 +172,7 @@ def test_an_unchanged_file_is_not_tokenised_again(tok: Any, tmp_path: Path, monk
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps(s) for s in SENTENCES[:9]))
     first = build_corpus(file, tok, workspace=tmp_path)
-    monkeypatch.setattr("cache.corpus._tokenise", None)
+    monkeypatch.setattr("cache.corpus.tokenise", None)
     again = build_corpus(str(file), tok, workspace=tmp_path)
     assert again.fingerprint == first.fingerprint
     monkeypatch.undo()
@@ -224,9 +224,9 @@ def test_wrong_uses_are_one_line_that_says_what_to_do(tok: Any, tmp_path: Path) 
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
     (tmp_path / "no.csv").write_text("body\nx\n")
     cases: list[tuple[Any, dict[str, Any], type[AtomscopeError], str]] = [
-        (["a"], {"mode": "dialogue"}, UsageError, "the modes are 'document' and 'packed'"),
+        (["a"], {"mode": "blocks"}, UsageError, "the modes are 'document', 'packed'"),
         (["a"], {"context": 1}, UsageError, "at least 2"),
-        ("bool", {}, UsageError, "packaged corpus \\(boolq\\)"),
+        ("bool", {}, UsageError, "packaged corpus \\(boolq, chat-pairs\\)"),
         ("missing.txt", {}, MissingDataError, "missing.txt"),
         (tmp_path / "bad.jsonl", {}, DataError, "bad.jsonl:2"),
         (tmp_path / "no.csv", {}, DataError, "no column 'text'"),

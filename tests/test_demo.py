@@ -52,14 +52,14 @@ def start(root: Path, job: dict) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (root / "_tmp").mkdir(exist_ok=True)
     args = [sys.executable, "-c", _RUN, str(root), json.dumps(job)]
-    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def kill_at(root: Path, job: dict, stage: str) -> None:
     """Run until the demo prints the stage's heading, then SIGKILL a moment later."""
     child = start(root, job)
-    assert child.stdout is not None
-    for line in child.stdout:
+    assert child.stderr is not None
+    for line in child.stderr:
         if line.startswith(f"== {stage}"):
             break
     else:
@@ -67,7 +67,7 @@ def kill_at(root: Path, job: dict, stage: str) -> None:
     threading.Event().wait(0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    child.stdout.close()
+    child.stderr.close()
 
 
 def test_killed_in_every_stage_the_demo_still_ends_with_the_same_sae(
@@ -100,7 +100,7 @@ def test_the_summary_tells_shares_floors_and_controls(whole: Path, job: dict) ->
     record = read_json(whole / "demo.json")
     text = "\n".join(summary_lines(record))
     assert sum(s["seconds"] for s in record["stages"].values()) > 0
-    for words in ("bare forward", "encoder GEMM", "held-out FVU", "pca-4", "random", "delta CE"):
+    for words in ("bare forward", "encoder GEMM", "held-out FVU", "pca-4", "untrained", "delta CE"):
         assert words in text
 
 

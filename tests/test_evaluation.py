@@ -14,11 +14,12 @@ from cache.errors import DataError, MissingDataError
 from saes.codes import Codes
 from saes.config import SAEConfig
 from saes.controls import fit_pca
-from saes.evaluation import _context_losses, evaluate, heldout_batches
+from saes.evaluation import evaluate, load_evaluation
 from saes.metrics import Firing, Reconstruction
+from saes.predictions import context_losses, heldout_batches
 from saes.sae import SAE
 from saes.splice import attach
-from tests.corpora import HOOK, make_corpus, make_store
+from tests.corpora import HOOK, empty_store, fill, make_corpus, make_store, random_vectors
 
 TINY_HOOK = "blocks.1.hook_resid_post"
 
@@ -90,7 +91,7 @@ def test_spliced_zero_dictionary_equals_zero_ablation(tiny_model) -> None:
     ids = torch.randint(5, 200, (2, 9))
     mask = torch.ones_like(ids, dtype=torch.bool)
     hook = TINY_HOOK
-    zero = _context_losses(tiny_model, ids, mask, hook, lambda x: (torch.zeros_like(x), None))
+    zero = context_losses(tiny_model, ids, mask, hook, lambda x: (torch.zeros_like(x), None))
     with attach(tiny_model, {hook: zero_sae(tiny_model.d_hook(hook), hook)}, error=False):
         logits, _ = tiny_model.forward(ids)
     want = F.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten(), reduction="none").view(2, -1)
@@ -105,7 +106,7 @@ def test_position_0_is_neither_spliced_nor_scored(tiny_model) -> None:
         seen.append(x.shape)
         return x, None
 
-    losses = _context_losses(tiny_model, ids, torch.ones_like(ids, dtype=torch.bool), TINY_HOOK, record)
+    losses = context_losses(tiny_model, ids, torch.ones_like(ids, dtype=torch.bool), TINY_HOOK, record)
     assert seen == [(5, tiny_model.d_hook(TINY_HOOK))]
     assert len(losses[0]) == 4
 
@@ -114,8 +115,8 @@ def test_padding_changes_no_loss(tiny_model) -> None:
     ids = torch.randint(5, 200, (1, 6))
     padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.int64)], dim=1)
     mask = torch.arange(10)[None] < 6
-    alone = _context_losses(tiny_model, ids, torch.ones_like(ids, dtype=torch.bool), TINY_HOOK, None)
-    together = _context_losses(tiny_model, padded, mask, TINY_HOOK, None)
+    alone = context_losses(tiny_model, ids, torch.ones_like(ids, dtype=torch.bool), TINY_HOOK, None)
+    together = context_losses(tiny_model, padded, mask, TINY_HOOK, None)
     np.testing.assert_allclose(alone[0], together[0], rtol=1e-4)
 
 
@@ -135,6 +136,35 @@ def test_unedited_splice_with_error_term_is_bit_identical_and_gradients_reach_th
     assert codes.values.shape == (2 * 6, 2)
     logits.sum().backward()
     assert codes.values.grad is not None and codes.values.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("error", [True, False, "detached"])
+def test_codes_of_a_frozen_sae_in_a_frozen_model_are_differentiable(tiny_model, error) -> None:
+    sae = zero_sae(tiny_model.d_hook(TINY_HOOK), TINY_HOOK)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.normal_(0, 0.3)
+    ids = torch.randint(5, 200, (1, 6))
+    with attach(tiny_model, {TINY_HOOK: sae}, error=error) as a:
+        logits, _ = tiny_model.forward(ids)
+        logits[0, -1, 7].backward()
+        values = a.codes[TINY_HOOK].values
+    assert values.grad is not None and values.grad.abs().sum() > 0
+    # finite difference on the largest gradient: the same edit moves the logit by as much
+    row, j = divmod(int(values.grad.abs().argmax()), values.shape[1])
+
+    def moved(step: float) -> float:
+        def edit(c: Codes) -> Codes:
+            new = c.values.clone()
+            new[row, j] += step
+            return Codes(new, c.indices)
+
+        with torch.no_grad(), attach(tiny_model, {TINY_HOOK: sae}, error=error) as b:
+            b.edit(TINY_HOOK, edit)
+            return float(tiny_model.forward(ids)[0][0, -1, 7])
+
+    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    assert slope == pytest.approx(values.grad[row, j].item(), rel=0.05, abs=1e-4)
 
 
 def test_edited_codes_change_the_residual_by_exactly_the_decoder_rows(tiny_model) -> None:
@@ -170,11 +200,30 @@ def test_sae_and_store_of_different_width_are_one_clear_line(tmp_path: Path) -> 
         evaluate(zero_sae(5, HOOK), store)
 
 
+def test_an_sae_of_other_weights_is_refused_though_its_shape_fits(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, [20] * 8)
+    store = empty_store(tmp_path, corpus, weights_sha256="a" * 64)
+    fill(store, {HOOK: random_vectors(corpus.n_tokens, 8)})
+    foreign = SAE(SAEConfig(d_sae=8, k=2, d_model=8, hook=HOOK, model_sha="f" * 64)).requires_grad_(False)
+    with pytest.raises(DataError, match="other weights"):
+        evaluate(foreign, store)
+
+
+def test_a_smaller_evaluation_keeps_what_it_did_not_measure(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, [40] * 40, d=8)
+    sae = zero_sae(8, HOOK)
+    evaluate(sae, store)
+    again = evaluate(sae, store, controls=False)
+    assert {"sae", "pca-2", "untrained"} <= set(again.table().columns)
+    kept = load_evaluation(sae, store)
+    assert kept is not None and len(kept.rows) == len(again.rows)
+
+
 def test_evaluation_writes_controls_beside_the_sae(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [40] * 40, d=8)
     sae = zero_sae(8, HOOK)
     result = evaluate(sae, store)
-    assert set(result.table().columns) == {"sae", "pca-2", "random"}
+    assert set(result.table().columns) == {"sae", "pca-2", "untrained"}
     mean = store.stats(HOOK, split="heldout").mean
     x = store.rows(HOOK, where="split = 1 and pos > 0").double()
     want = (x**2).sum() / ((x - torch.as_tensor(mean)) ** 2).sum()

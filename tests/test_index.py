@@ -6,6 +6,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from cache import connect
 from cache.errors import DataError, MissingDataError, UsageError
 from cache.workspace import read_json
-from saes import indexing
+from saes import code_files, indexing
+from saes.code_files import Part
 from saes.config import SAEConfig
 from saes.indexing import build_index
 from saes.labels import add_label, current_labels, label_events
@@ -29,15 +31,18 @@ LENGTHS = [30, 7, 1, 40, 25, 12, 33, 18, 9, 21, 40, 40, 40, 40]
 
 def make_sae(activation: str = "topk") -> SAE:
     gen = torch.Generator().manual_seed(3)
-    sae = SAE(SAEConfig(d_sae=F, k=K, activation=activation, d_model=D, hook=HOOK, model="tiny"))
+    k = K if "topk" in activation else 0
+    sae = SAE(SAEConfig(d_sae=F, k=k, activation=activation, d_model=D, hook=HOOK, model="tiny"))
     with torch.no_grad():
         for p in sae.parameters():
             p.copy_(torch.randn(p.shape, generator=gen))
+        if sae.cfg.has_threshold:
+            sae.threshold.fill_(30.0)
         sae.W_enc[5], sae.b_enc[5] = 0, -1e-3 if activation == "topk" else 0
     return sae.requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=["topk", "abs_topk"])
+@pytest.fixture(scope="module", params=["topk", "abs_topk", "jumprelu", "batch_abs_topk"])
 def indexed(request, tmp_path_factory):
     """(index, dense codes float32 [rows, F] with position 0 silent, store, sae)."""
     root = tmp_path_factory.mktemp(request.param)
@@ -50,8 +55,8 @@ def indexed(request, tmp_path_factory):
 
 
 def test_counts_extremes_and_density_equal_brute_force(indexed) -> None:
-    index, dense, _, _ = indexed
-    rows = int((dense != 0).any(1).sum())
+    index, dense, store, _ = indexed
+    rows = int((store.corpus.column("pos") > 0).sum())
     for f in range(F):
         got, col = index.feature(f), dense[:, f]
         fires = col[col != 0]
@@ -205,6 +210,57 @@ def test_a_killed_build_goes_on_at_its_next_shard_and_an_old_index_stays_readabl
     assert FeatureIndex.open(tmp_path).feature(1)["n_fire"] == before
 
 
+@pytest.mark.parametrize("per_row", [[3, 0, 5, 1, 0, 0, 7, 2], [0] * 6, [40], [0, 12, 0], [4, 4, 4]])
+@pytest.mark.parametrize("size", [(4, 3), (64, 16_384)])
+def test_codes_of_varying_l0_come_back_row_by_row(
+    per_row: list[int], size, tmp_path: Path, monkeypatch
+) -> None:
+    """However rows fall on pages and row groups, and with rows that were left out between them."""
+    monkeypatch.setattr(code_files, "BLOCK", size[0])
+    monkeypatch.setattr(code_files, "GROUP_BLOCKS", size[1])
+    rng = np.random.default_rng(0)
+    counts, n = np.array(per_row), sum(per_row)
+    ids, values = rng.integers(0, 99, n), rng.normal(size=n).astype(np.float16).astype(np.float32)
+    at, ends = np.arange(len(counts)) * 2 + 1, np.cumsum(counts)
+
+    def parts():
+        for i in range(len(counts)):
+            own = slice(ends[i] - counts[i], ends[i])
+            yield Part(at[i : i + 1], counts[i : i + 1], ids[own], values[own])
+
+    rows = 2 * len(counts) + 1
+    code_files.write_varying(tmp_path, 0, 1000, rows, parts, 99)
+    blocks = list(code_files.read_codes(tmp_path, 1))
+    got = [np.concatenate(column) for column in zip(*blocks, strict=True)]
+    assert got[0].tolist() == (1000 + at.repeat(counts)).tolist()
+    assert got[1].tolist() == ids.tolist() and got[2].tolist() == values.tolist()
+    assert max(len(b.ids) for b in blocks) <= size[0] * size[1]
+    assert code_files.encoded_rows(tmp_path, 1) == len(counts)
+
+
+def test_codes_too_large_for_float16_are_kept_in_float32(tmp_path: Path) -> None:
+    part = Part(
+        np.array([0, 1]), np.array([1, 2]), np.array([3, 4, 5]), np.array([1.5, 7e5, -2.0], np.float32)
+    )
+    code_files.write_varying(tmp_path, 0, 0, 2, lambda: [part], 99)
+    (block,) = code_files.read_codes(tmp_path, 1)
+    assert block.values.tolist() == [1.5, 7e5, -2.0]
+    assert read_json(tmp_path / "shard-00000.json")["values"] == "float32"
+
+
+def test_damaged_counts_of_varying_codes_are_refused_with_the_file_named(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, LENGTHS, d=D)
+    folder = build_index(make_sae("jumprelu"), store)
+    counts = folder / "codes" / "shard-00001-counts.parquet"
+    table = pq.read_table(counts)
+    n = table["n"].to_numpy().copy()
+    n[1] += 1
+    pq.write_table(table.set_column(1, "n", [n]), counts)
+    (folder / "current.json").unlink()
+    with pytest.raises(DataError, match="shard-00001-counts"):
+        build_index(make_sae("jumprelu"), store)
+
+
 def test_damaged_codes_are_refused_with_the_file_named(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, LENGTHS, d=D)
     folder = build_index(make_sae(), store)
@@ -218,12 +274,16 @@ def test_damaged_codes_are_refused_with_the_file_named(tmp_path: Path) -> None:
         build_index(make_sae(), store)
 
 
-def test_small_blocks_give_the_same_index(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_small_blocks_give_the_same_index(activation: str, tmp_path: Path, monkeypatch) -> None:
+    """Rows whose codes lie across two row groups included."""
     store, _ = make_store(tmp_path / "a", LENGTHS, d=D)
     other, _ = make_store(tmp_path / "b", LENGTHS, d=D)
-    build_index(make_sae(), store)
+    build_index(make_sae(activation), store)
     monkeypatch.setattr(indexing, "BLOCK_FIRINGS", 40)
-    build_index(make_sae(), other)
+    monkeypatch.setattr(code_files, "BLOCK", 4)
+    monkeypatch.setattr(code_files, "GROUP_BLOCKS", 3)
+    build_index(make_sae(activation), other)
     a, b = FeatureIndex.open(tmp_path / "a"), FeatureIndex.open(tmp_path / "b")
     for sql in (
         "SELECT * FROM idx.activation",
@@ -265,7 +325,7 @@ def test_views_answer_in_sql(indexed) -> None:
     n = con.execute("SELECT sum(n_fire) FROM features").fetchone()[0]
     assert n == (dense != 0).sum()
     top = con.execute(
-        "SELECT t.token, e.value FROM feature_examples e JOIN tokens t USING (row) "
+        "SELECT t.token, e.value FROM feature_examples e JOIN tokens t USING (corpus, row) "
         "WHERE e.feature = 0 AND e.kind = 'top' AND e.sign = 1 ORDER BY e.rank LIMIT 1"
     ).fetchone()
     best = index.examples(0, n=1)[0]

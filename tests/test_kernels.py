@@ -108,6 +108,18 @@ def test_row_dots_private_op_equals_gather() -> None:
     torch.testing.assert_close(row_dots(g, w, ids), kernels._row_dots_by_gather(g, w, ids))
 
 
+def test_row_dots_of_rows_with_any_number_of_entries_equal_their_definition(monkeypatch) -> None:
+    """Empty rows included, and in the chunks of the fallback."""
+    g, w, counts = torch.randn(5, 6), torch.randn(20, 6), torch.tensor([3, 0, 7, 0, 1])
+    ids, rows = torch.randint(0, 20, (11,)), torch.arange(5).repeat_interleave(counts)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    want = (g[rows] * w[ids]).sum(1)
+    torch.testing.assert_close(row_dots(g, w, ids, offsets), want)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 6 * 4 * 2)
+    torch.testing.assert_close(kernels._row_dots_by_gather(g, w, ids, offsets), want)
+    assert row_dots(g, w, ids[:0], torch.zeros(6, dtype=torch.int64)).shape == (0,)
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_blocks_of_rows_do_not_change_the_selection(signed: bool, monkeypatch) -> None:
     x, w, b = torch.randn(50, 8), torch.randn(64, 8), torch.randn(64)

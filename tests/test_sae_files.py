@@ -9,21 +9,26 @@ import pytest
 import torch
 
 from cache.errors import DataError, MissingDataError
-from saes.config import SAEConfig
+from saes.config import ACTIVATIONS, SAEConfig, TrainConfig
+from saes.presets import PRESETS
 from saes.sae import SAE, fix_signs, fold_input_scale
+from saes.training import train
 
 D, F, K = 16, 48, 4
 
 
 def make_sae(activation: str = "topk", seed: int = 0, **other) -> SAE:
     gen = torch.Generator().manual_seed(seed)
+    k = K if "topk" in activation else 0
     sae = SAE(
-        SAEConfig(d_sae=F, k=K, activation=activation, d_model=D, hook="blocks.1.hook_resid_post", **other)
+        SAEConfig(d_sae=F, k=k, activation=activation, d_model=D, hook="blocks.1.hook_resid_post", **other)
     )
     with torch.no_grad():
         for p in sae.parameters():
             p.copy_(torch.randn(p.shape, generator=gen))
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        if sae.cfg.has_threshold:
+            sae.threshold.abs_().add_(1.0)
     return sae.requires_grad_(False)
 
 
@@ -37,36 +42,108 @@ def test_saved_sae_loads_bit_equal_with_the_same_id(activation: str, tmp_path: P
     assert (again.cfg.activation, again.cfg.k, again.cfg.hook) == (sae.cfg.activation, K, sae.cfg.hook)
 
 
-@pytest.mark.parametrize("activation", ["topk", "abs_topk"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_sae_lens_loads_our_folder_with_equal_codes_and_reconstruction(
     activation: str, tmp_path: Path
 ) -> None:
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
     sae = make_sae(activation)
     theirs = sae_lens.SAE.load_from_disk(str(sae.save(tmp_path / "sae")))
-    x = torch.randn(32, D) * 3
-    codes = sae.encode(x)
-    torch.testing.assert_close(theirs.encode(x), codes.dense(F), rtol=1e-5, atol=1e-5)
+    x = torch.randn(32, D, generator=torch.Generator().manual_seed(0)) * 3
+    codes, found = sae.encode(x).dense(F), theirs.encode(x)
+    assert 0 < (codes != 0).sum(1).float().mean() < F
+    if activation == "batch_abs_topk":
+        assert theirs.cfg.d_sae == 2 * F and (found >= 0).all()
+        found = found[:, :F] - found[:, F:]
+    torch.testing.assert_close(found, codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs(x), sae(x), rtol=1e-5, atol=1e-5)
 
 
-def test_an_sae_that_sae_lens_wrote_loads_here(tmp_path: Path) -> None:
-    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
-    from sae_lens.saes.topk_sae import TopKSAEConfig
+def _theirs(architecture: str):
+    """A random SAE made with sae-lens's own classes."""
+    from sae_lens.saes import abstopk_sae, gated_sae, jumprelu_sae, standard_sae, topk_sae
 
-    theirs = sae_lens.TopKSAE(TopKSAEConfig(d_in=D, d_sae=F, k=K))
+    cls, cfg = {
+        "topk": (topk_sae.TopKSAE, topk_sae.TopKSAEConfig),
+        "abstopk": (abstopk_sae.AbsTopKSAE, abstopk_sae.AbsTopKSAEConfig),
+        "jumprelu": (jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUSAEConfig),
+        "standard": (standard_sae.StandardSAE, standard_sae.StandardSAEConfig),
+        "gated": (gated_sae.GatedSAE, gated_sae.GatedSAEConfig),
+    }[architecture]
+    sae = cls(cfg(d_in=D, d_sae=F, **({"k": K} if "topk" in architecture else {})))
+    gen = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for p in theirs.parameters():
-            p.normal_()
+        for p in sae.parameters():
+            p.normal_(0, 0.5, generator=gen)
+    return sae
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abstopk", "jumprelu", "standard", "gated"])
+def test_an_sae_that_sae_lens_wrote_loads_here(architecture: str, tmp_path: Path) -> None:
+    """Thresholds below 0 included: sae-lens applies its ReLU first."""
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
+    theirs = _theirs(architecture)
     theirs.save_model(tmp_path / "theirs")
-    ours, x = SAE.load(tmp_path / "theirs"), torch.randn(20, D)
+    ours, x = SAE.load(tmp_path / "theirs"), torch.randn(20, D, generator=torch.Generator().manual_seed(0))
+    assert 0 < ours.encode(x).l0().float().mean() < F
+    torch.testing.assert_close(ours.encode(x).dense(F), theirs.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_topk_sae_that_sae_lens_trained_loads_here(tmp_path: Path) -> None:
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    theirs = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K, rescale_acts_by_decoder_norm=False)
+    )
+    with torch.no_grad():
+        for i, p in enumerate(theirs.parameters()):
+            p.normal_(generator=torch.Generator().manual_seed(i))
+        theirs.topk_threshold.fill_(2.5)
+    theirs.save_inference_model(tmp_path / "theirs")
+    ours, x = SAE.load(tmp_path / "theirs"), torch.randn(20, D, generator=torch.Generator().manual_seed(0))
+    u = (x - theirs.b_dec) @ theirs.W_enc + theirs.b_enc
+    assert ours.cfg.activation == "jumprelu"
+    torch.testing.assert_close(ours.encode(x).dense(F), u * (u > 2.5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["matryoshka", "batch_abs_topk", "jumprelu", "gated"])
+def test_a_trained_sae_is_the_same_from_its_folder_and_in_sae_lens(preset: str, tmp_path: Path) -> None:
+    """Thresholds in the units of raw activations: training ran on scaled rows."""
+    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
+    x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) * 30 + 5
+    config = TrainConfig(steps=40, batch_size=200, screen="off", lr=3e-3)
+    more = {"k": 3} if preset in ("matryoshka", "batch_abs_topk") else {}
+    result = train(x, [PRESETS[preset](d_sae=32, **more)], config, workspace=tmp_path)[0]
+    loaded, theirs = SAE.load(result.path), sae_lens.SAE.load_from_disk(str(result.path))
+    assert loaded.sae_id == result.sae.sae_id and torch.equal(loaded(x), result.sae(x))
+    l0 = result.sae.encode(x).l0().float().mean()
+    assert abs(l0 - 3) < 0.2 if more else 0 < l0 < 32
+    torch.testing.assert_close(theirs(x), result.sae(x), rtol=1e-5, atol=1e-4)
+
+
+def test_halves_that_are_not_each_others_negatives_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_sae("batch_abs_topk").save(tmp_path / "sae")
+    weights = load_file(path / "sae_weights.safetensors")
+    weights["W_dec"][-1, 0] += 1
+    save_file(weights, path / "sae_weights.safetensors")
+    with pytest.raises(DataError, match="W_dec"):
+        SAE.load(path)
+    cfg = json.loads((path / "cfg.json").read_text())
+    del cfg["metadata"]["activation"]
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    assert SAE.load(path).cfg.d_sae == 2 * F
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "jumprelu"}, "architecture"),
+        ({"architecture": "temporal"}, "architecture"),
+        ({"architecture": "jumprelu"}, "unknown keys"),
+        ({"metadata": {"made_by": "atomscope", "activation": "batch_topk", "k": 4}}, "metadata"),
         ({"threshold_rule": 3}, "unknown keys"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations"),
         ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input"),

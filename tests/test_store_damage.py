@@ -88,6 +88,28 @@ def test_damage_of_a_token_column_is_found(tmp_path: Path) -> None:
     assert len(problems) == 1 and store.records(HOOK)[1].file in problems[0]
 
 
+def test_a_norm_that_is_not_its_vector_s_is_found(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path)
+    chunk = pq.read_metadata(data_file(store, 1)).row_group(0).column(3)
+    assert chunk.path_in_schema == "norm"
+    flip(data_file(store, 1), chunk.data_page_offset + chunk.total_compressed_size - 8)
+    problems = store.verify()
+    assert len(problems) == 1 and "norms" in problems[0] and store.records(HOOK)[1].file in problems[0]
+
+
+def test_verify_goes_on_after_a_hook_whose_records_are_damaged(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, hooks=(HOOK, OTHER))
+    record_path(store.folder(HOOK), 1).write_text("{")
+    flip(
+        store.folder(OTHER) / store.records(OTHER)[0].file,
+        store.records(OTHER)[0].groups[0]["pages"]["x"]["offset"],
+    )
+    problems = ActivationStore.open(store.path).verify()
+    assert len(problems) == 2 and "not valid JSON" in problems[0] and "xxh3" in problems[1]
+    with pytest.raises(MissingDataError, match="it has"):
+        store.verify("blocks.7.hook_resid_post")
+
+
 def test_a_flipped_bit_in_a_page_header_is_found_before_the_vectors_are_read(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path)
     flip(data_file(store, 0), store.records(HOOK)[0].groups[0]["pages"]["x"]["header"] + 4)

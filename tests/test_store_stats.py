@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,6 +60,22 @@ def test_statistics_of_every_class_of_rows_equal_the_closed_form(
 def test_a_shard_longer_than_one_chunk_is_summed_in_full(tmp_path: Path) -> None:
     store, vectors = make_store(tmp_path, [700, 800, 900, 1000], rows_per_shard=5000, group_rows=None)
     check(store, vectors[HOOK].double().numpy(), None, None)
+
+
+def test_special_tokens_and_other_speakers_are_in_the_statistics(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, [20] * 8)
+    path = corpus.path / "tokens.parquet"
+    table = pq.read_table(path)
+    flags = table.column("flags").to_numpy() | (np.arange(160) % 4 << 1)
+    pq.write_table(
+        table.set_column(table.column_names.index("flags"), "flags", [flags.astype(np.uint8)]), path
+    )
+    store, x = empty_store(tmp_path, corpus), random_vectors(160, 6, torch.float16)
+    fill(store, {HOOK: x})
+    assert set(store.row_class(0, 160)) > {0, 1, 2, 3} and store.verify() == []
+    for split in (None, "train", "heldout"):
+        for skip in (None, "first"):
+            check(store, x.double().numpy(), split, skip)
 
 
 def test_attention_sinks_do_not_reach_the_statistics_of_the_other_rows(tmp_path: Path) -> None:

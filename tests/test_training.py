@@ -16,7 +16,7 @@ from cache.errors import DataError, UsageError
 from saes import training
 from saes.config import SAEConfig, TrainConfig
 from saes.initialise import geometric_median
-from saes.presets import abs_topk, topk
+from saes.presets import abs_topk, batch_abs_topk, batch_topk, jumprelu, relu_l1, topk
 from saes.sae import SAE
 from saes.sources import Moments, TensorSource
 from saes.trainer import Trainer
@@ -204,6 +204,42 @@ def test_nan_stops_the_run_and_names_step_and_sae() -> None:
         )
 
 
+def test_a_state_gone_wrong_between_two_logged_steps_is_never_saved(tmp_path: Path, monkeypatch) -> None:
+    store, _ = make_store(tmp_path, [40] * 20)
+    config = TrainConfig(steps=60, batch_size=64, screen="off", log_every=60, checkpoint_seconds=-1.0)
+    real = Trainer.step
+
+    def poisoned(self, x, step):
+        if step == 20:
+            with torch.no_grad():
+                self.sae.W_enc[0, 0] = float("nan")
+        real(self, x, step)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(DataError, match="not finite"):
+        train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)
+    monkeypatch.setattr(Trainer, "step", real)
+    result = train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)[0]
+    assert result.metrics[-1]["step"] == 60
+
+
+def test_metrics_of_a_start_without_a_checkpoint_are_dropped(tmp_path: Path, monkeypatch) -> None:
+    store, _ = make_store(tmp_path, [40] * 20)
+    config = TrainConfig(steps=40, batch_size=64, screen="off", log_every=5, checkpoint_seconds=-1.0)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    real = training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)
+    monkeypatch.setattr(training, "save_checkpoint", real)
+    train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)
+    again = train(store, [topk(d_sae=24, k=2)], config, hook=HOOK)[0]
+    assert [r["step"] for r in again.metrics] == list(range(5, 41, 5))
+
+
 def test_nan_in_training_rows_is_refused_with_the_row() -> None:
     x, _ = planted(100)
     x[17, 3] = float("nan")
@@ -218,11 +254,64 @@ def test_sae_of_another_width_is_refused_before_training(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "bad", [{"k": 0}, {"k": 99}, {"activation": "relu"}, {"space": "whitened"}, {"auxk": -1.0}]
-)
+    "bad",
+    [
+        {"k": 0}, {"k": 99}, {"activation": "swish"}, {"space": "whitened"}, {"auxk": -1.0}, {"activation": "relu"},
+        {"l1": 1.0}, {"l0": 1.0}, {"activation": "jumprelu", "k": 0, "l0_target": 4.0}, {"sparsity_warmup": 2.0},
+        {"activation": "gated", "k": 0, "l1": 1.0, "auxk": 0.1}, {"activation": "batch_topk", "k": 0},
+        {"matryoshka": (8, 4)}, {"matryoshka": (8, 32)}, {"matryoshka": (0, 8)}, {"bandwidth": 0.0},
+        {"activation": "relu", "k": 0, "l1": 1.0, "matryoshka": (8,)}, {"threshold_init": float("nan")},
+    ],
+)  # fmt: skip
 def test_illegal_configs_are_refused(bad: dict) -> None:
     with pytest.raises(UsageError):
         SAEConfig(**({"d_sae": 32, "k": 4} | bad))
+
+
+def test_a_threshold_sae_without_a_sparsity_term_is_refused_before_training() -> None:
+    """The same config is a fine SAE to load: files do not hold the weights of loss terms."""
+    x, _ = planted(100)
+    for activation in ("relu", "gated", "jumprelu"):
+        with pytest.raises(UsageError, match=f"{activation} needs l"):
+            train(x, [SAEConfig(d_sae=64, activation=activation)])
+
+
+def test_configs_with_prefixes_round_trip_through_json() -> None:
+    cfg = SAEConfig(d_sae=32, k=4, activation="batch_topk", matryoshka=[4, 8])
+    again = SAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert again == cfg and again.matryoshka == (4, 8) and hash(again) == hash(cfg)
+
+
+def test_a_threshold_that_drifted_is_put_where_the_mean_l0_is_k() -> None:
+    """Too few steps for the moving average to follow a threshold that grows: finish measures and corrects it."""
+    x, _ = planted(6000)
+    config = TrainConfig(steps=40, batch_size=256, lr=3e-3, warmup_steps=5, screen="off")
+    source = TensorSource(x)
+    for preset in (batch_topk, batch_abs_topk):
+        cfg = preset(d_sae=64, k=3, d_model=32)
+        t = Trainer(cfg, config, source.moments(config), CPU)
+        t.start(x)
+        for step in range(40):
+            t.step(x[step * 128 : step * 128 + 256], step)
+        t.theta.fill_(1e-3)
+        sae = t.finish(x)
+        assert sae.encode(x[4096:]).l0().float().mean() == pytest.approx(3, rel=0.1)
+        assert sae.threshold.unique().numel() == 1
+
+
+def test_sparsity_terms_warm_up_linearly() -> None:
+    config = TrainConfig(steps=200, screen="off")
+    cfg = relu_l1(d_sae=64, d_model=32, sparsity_warmup=0.1)
+    t = Trainer(cfg, config, Moments(10, 1.0), CPU)
+    assert [t._sparsity_weight(s) for s in (0, 9, 19, 150)] == pytest.approx([0.05, 0.5, 1.0, 1.0])
+
+
+def test_jumprelu_reaches_the_l0_it_is_asked_for() -> None:
+    x, _ = planted(8000)
+    config = TrainConfig(steps=600, batch_size=256, lr=5e-3, warmup_steps=20, screen="off")
+    job = [jumprelu(d_sae=64, l0=1.0, l0_target=t, bandwidth=0.5) for t in (3.0, 6.0)]
+    for cfg, result in zip(job, train(x, job, config), strict=True):
+        assert result.sae.encode(x).l0().float().mean() == pytest.approx(cfg.l0_target, rel=0.1)
 
 
 def test_unknown_config_fields_are_refused_and_known_ones_round_trip() -> None:

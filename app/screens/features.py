@@ -13,8 +13,8 @@ import pandas as pd
 import streamlit as st
 
 from app import figures, overview, state
-from cache.errors import AtomscopeError
-from saes.labels import add_label, label_events
+from cache.errors import AtomscopeError, MissingDataError
+from saes.labels import add_label, all_events
 from saes.queries import Example, FeatureIndex
 
 PAGE_SIZE = 50
@@ -51,8 +51,17 @@ def first_page() -> None:
     st.session_state["page"] = 1
 
 
+def has_proxies(index: FeatureIndex) -> bool:
+    """Whether `atomscope feature proxies` has judged the features of this index."""
+    try:
+        return bool(index.proxies_sql())
+    except MissingDataError:
+        return False
+
+
 def feature_list(index: FeatureIndex) -> int | None:
     """Filters, one page of features, and the first feature of the list."""
+    sorts = SORTS | ({"by readability": "proxy_score"} if has_proxies(index) else {})
     search = st.container()
     left, right = st.columns(2, vertical_alignment="bottom")
     with left:
@@ -62,7 +71,7 @@ def feature_list(index: FeatureIndex) -> int | None:
         ) or "Label"  # fmt: skip
     with right:
         sort = st.selectbox(
-            "Sort by", list(SORTS), key="sort", bind="query-params", on_change=first_page,
+            "Sort by", list(sorts), key="sort", bind="query-params", on_change=first_page,
             label_visibility="collapsed",
         )  # fmt: skip
     with search:
@@ -80,7 +89,7 @@ def feature_list(index: FeatureIndex) -> int | None:
         "query": query or "",
         "mode": MODES[mode],
         "density": None if whole else (10**low, 10**high),
-        "sort": "match" if found is not None and sort == "by density" else SORTS[sort],
+        "sort": "match" if found is not None and sort == "by density" else sorts[sort],
         "descending": sort != "by id",
         "limit": PAGE_SIZE,
         "within": overview.chosen(index),
@@ -276,7 +285,7 @@ def neighbours(index: FeatureIndex, feature: int) -> None:
 
 
 def labels(index: FeatureIndex, feature: int, sign: int) -> None:
-    """The entry of a label, and every label given so far."""
+    """The entry of a label, and every label and note given so far."""
     state.muted("Every label is kept; the newest one is shown. Stored in the workspace's annotations.")
     with st.form("label", clear_on_submit=True, border=False):
         text = st.text_input("Label", max_chars=200, placeholder="what it fires on, in a few words")
@@ -286,12 +295,12 @@ def labels(index: FeatureIndex, feature: int, sign: int) -> None:
                 save(index, feature, sign, text, author)
             state.line("The label is empty: type some words first.")
     events = [
-        e for e in label_events(index.workspace) if (e["sae_id"], e["feature"]) == (index.sae_id, feature)
+        e for e in all_events(index.workspace) if (e["sae_id"], e["feature"]) == (index.sae_id, feature)
     ]
     if events:
-        history = pd.DataFrame(events[::-1])[["text", "sign", "author", "method", "score", "created"]]
+        history = pd.DataFrame(events[::-1])[["kind", "text", "sign", "author", "method", "score", "created"]]
         st.dataframe(
-            history, hide_index=True, key="history", alt="Labels given to this feature, newest first"
+            history, hide_index=True, key="history", alt="Labels and notes of this feature, newest first"
         )
 
 

@@ -18,7 +18,7 @@ MEASURES = {
     "ce_recovered_mean": "CE recovered",
     "delta_ce": "ΔCE, nats",
 }
-SUBJECTS = {"sae": "SAE", "random": "random dictionary"}
+SUBJECTS = {"sae": "SAE", "untrained": "untrained dictionary", "random": "untrained dictionary"}
 
 
 def summary(c: Catalogue, indexed: int) -> None:
@@ -46,7 +46,7 @@ def saes(c: Catalogue) -> None:
         return
     rows = [
         (
-            r["sae"], r["run"], r["status"], r["hook"], r["model"], f"{int(r['d_sae']):,}", int(r["k"]),
+            r["sae"], r["run"], r["status"], r["hook"], r["model"], f"{int(r['d_sae']):,}", int(r["k"]) or "–",
             f"{int(r['tokens']):,}", figures.number(r["train_fvu"]), figures.number(r["n_dead"]),
         )
         for r in c.saes.to_dict("records")
@@ -78,7 +78,7 @@ def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
     state.muted(
         f"FVU, L0 and cosine on held-out documents, {int(n.get('fvu', 0)):,} tokens; ΔCE on {int(n.get('delta_ce', 0)):,} "
         "tokens with the hook's output replaced by the reconstruction. Share recovered is against the train mean. "
-        "Controls: PCA of the same rank, and a random unit dictionary with the same encoder rule."
+        "Controls: PCA of the same rank, and an untrained dictionary: random unit atoms, the same L0."
     )
 
 

@@ -1,0 +1,67 @@
+"""`atomscope compare` and `atomscope feature proxies`: SAEs beside each other, and how readable their features are."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from typing import Annotated
+
+import typer
+
+from app.lookup import AsJson, Workspace, emit, sae_folder
+from cache.workspace import workspace_path
+
+
+def compare(
+    saes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SAE]...", help="SAE folders, run names or sae_ids; none: only the table."),
+    ] = None,
+    match: Annotated[
+        str, typer.Option(help="hungarian (one to one, largest total cosine) or mutual (nearest both ways).")
+    ] = "hungarian",
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Match the decoders of SAEs pair by pair, and list all evaluated SAEs by L0, FVU and delta CE."""
+    from app.terminal import comparison_lines, frontier_lines
+    from saes.compare import compare_saes, frontier
+
+    root = workspace_path(workspace, create=False)
+    folders = [sae_folder(name, workspace) for name in saes or []]
+    found = [compare_saes(root, a, b, method=match) for a, b in combinations(folders, 2)]
+    table = frontier(root)
+    lines = [*comparison_lines(found), *frontier_lines(table)]
+    value = {"comparisons": found, "frontier": json.loads(table.to_json(orient="records"))}
+    emit(value, as_json, "\n".join(lines))
+
+
+def feature_proxies(
+    feature: Annotated[
+        int | None, typer.Argument(help="A feature; none: the table is made and its best are listed.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Features to list.")] = 20,
+    sae_id: Annotated[str | None, typer.Option(help="SAE; default: the newest index.")] = None,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """How readable features are, judged without a language model: token purity, best rule, coherence, detection."""
+    from saes import FeatureIndex
+    from saes.proxies import build_proxies
+
+    index = FeatureIndex.open(workspace, sae_id)
+    if feature is not None:
+        index.feature(feature)
+    build_proxies(index)
+    frame = index.proxies()
+    total = len(frame)
+    if feature is not None:
+        frame = frame[frame["feature"] == feature]
+    else:
+        frame = frame.sort_values("proxy_score", ascending=False).head(limit)
+    text = (
+        frame.to_string(index=False, float_format=lambda v: f"{v:.3f}")
+        if len(frame)
+        else "this feature never fires"
+    )
+    emit(json.loads(frame.to_json(orient="records")), as_json, f"{text}\n{len(frame)} of {total} poles")

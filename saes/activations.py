@@ -1,0 +1,209 @@
+"""The activation axis: for each kind, what a training step computes and how a finished SAE encodes.
+
+    topk, abs_topk              k largest u (|u|) of a row                        fixed count
+    batch_topk, batch_abs_topk  B*k largest u (|u|) of a batch; encode: u > theta (|u| > theta), one theta for all
+    jumprelu                    z = u 1[u > theta], theta per latent, >= 0 (arXiv 2407.14435)
+    relu                        z = max(u, 0)
+    gated                       pi = xc W^T + b_enc;  z = 1[pi > 0] max(e^r (pi - b_enc) + b_mag, 0) (arXiv 2404.16014)
+
+JumpReLU's threshold learns through a rectangle of width eps around it, under reconstruction and under the L0 term:
+dz/dtheta = -(theta/eps) rect, d1[u > theta]/dtheta = -(1/eps) rect; u itself gets dz/du = 1[u > theta] and nothing from
+L0. So a step stores every u above theta - eps/2: those below theta carry the value 0. Where more than an eighth of the
+latents would be stored, the same formulas run on dense tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saes.codes import Codes
+from saes.kernels import (
+    Dead,
+    Scratch,
+    StepOutput,
+    Support,
+    decode_from,
+    encode_at,
+    keep_largest,
+    top_pre_activations,
+)  # fmt: skip
+from saes.selection import DENSE_SHARE, above_threshold, batch_largest
+
+
+class _Jump(torch.autograd.Function):
+    """(u, theta) -> u 1[u > theta], elementwise; eps is the width of the rectangle."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, theta: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(u, theta)
+        ctx.eps = eps
+        return u * (u > theta)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        u, theta = ctx.saved_tensors
+        near = (u - theta).abs() < ctx.eps / 2
+        return g * (u > theta), -(theta / ctx.eps) * near * g, None
+
+
+class _Step(torch.autograd.Function):
+    """(u, theta) -> 1[u > theta], elementwise; the gradient reaches theta alone (DeepMind's form)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, theta: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(u, theta)
+        ctx.eps = eps
+        return (u > theta).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        u, theta = ctx.saved_tensors
+        near = (u - theta).abs() < ctx.eps / 2
+        return None, -near.to(g.dtype) / ctx.eps * g, None
+
+
+class _Pre(NamedTuple):
+    """Differentiable pre-activations: at a support, or dense `[B, d_sae]` where support is None; and of the dead."""
+
+    u: Tensor
+    u_dead: Tensor | None
+    support: Support | None
+
+    def of(self, p: Tensor) -> Tensor:
+        """A parameter `[d_sae]` beside each pre-activation."""
+        return p.expand_as(self.u) if self.support is None else p.index_select(0, self.support.ids)
+
+    def codes(self, z: Tensor) -> dict[str, Tensor | None]:
+        if self.support is None:
+            return {"values": z, "indices": None}
+        return {"values": z, "indices": self.support.indices, "offsets": self.support.offsets}
+
+
+def training_step(
+    sae: Any,
+    x: Tensor,
+    *,
+    dead: Dead | None = None,
+    select: Any = top_pre_activations,
+    eps: float = 1.0,
+    scratch: Scratch | None = None,
+) -> StepOutput:
+    """Forward pass of training of an `SAE` on rows x `[B, d_model]`, differentiable in its parameters and x.
+
+    `select` finds the k latents of a row (topk, abs_topk); eps is the rectangle's width in units of u (jumprelu).
+    """
+    cfg, scratch = sae.cfg, scratch or Scratch()
+    with torch.no_grad():
+        xc = x - sae.b_dec
+    if cfg.has_k:
+        return _top(sae, x, xc, dead, select, scratch)
+    low = torch.zeros_like(sae.b_enc) if cfg.activation != "jumprelu" else sae.threshold.detach() - eps / 2
+    pre = _pre_above(sae, x, xc, low, dead, scratch)
+    if cfg.activation == "gated":
+        return _gated(sae, x, pre)
+    if cfg.activation == "relu":
+        z = pre.u.relu()
+        sparsity = z.sum() / len(x)
+    else:
+        theta = pre.of(sae.threshold)
+        z = _Jump.apply(pre.u, theta, eps)
+        sparsity = _Step.apply(pre.u, theta, eps).sum() / len(x)
+    return _reconstruct(sae, pre, z, dead)._replace(sparsity=sparsity)
+
+
+def _top(sae: Any, x: Tensor, xc: Tensor, dead: Dead | None, select: Any, scratch: Scratch) -> StepOutput:
+    """TopK and BatchTopK, signed or not, with nested prefixes where the config names them."""
+    cfg = sae.cfg
+    offsets = None
+    if cfg.fixed_k:
+        with torch.no_grad():
+            found, indices = select(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed)
+            if cfg.matryoshka:
+                indices, order = indices.sort(dim=1)
+                found = found.gather(1, order)
+    else:
+        found, indices, offsets = batch_largest(
+            xc, sae.W_enc, sae.b_enc, len(x) * cfg.k, signed=cfg.signed, scratch=scratch
+        )
+    support = Support(indices, cfg.d_sae, offsets)
+    u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.b_dec, support, found, xc=xc, dead=dead)
+    return _reconstruct(sae, _Pre(u, u_dead, support), u if cfg.signed else u.relu(), dead)
+
+
+def _pre_above(sae: Any, x: Tensor, xc: Tensor, low: Tensor, dead: Dead | None, scratch: Scratch) -> _Pre:
+    found = above_threshold(xc, sae.W_enc, sae.b_enc, low, scratch=scratch, dense_share=DENSE_SHARE)
+    if found is None:
+        u = torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc.T)
+        return _Pre(u, None if dead is None else u[:, dead.ids], None)
+    support = Support(found.indices, sae.cfg.d_sae, found.offsets)
+    u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.b_dec, support, found.values, xc=xc, dead=dead)
+    return _Pre(u, u_dead, support)
+
+
+def _reconstruct(sae: Any, pre: _Pre, z: Tensor, dead: Dead | None) -> StepOutput:
+    cfg = sae.cfg
+    z_dead = (
+        None
+        if pre.u_dead is None or dead is None
+        else keep_largest(pre.u_dead, dead.k_aux, signed=cfg.signed)
+    )
+    prefixes = None
+    if pre.support is None:
+        x_hat = z @ sae.W_dec
+        e_hat = None if z_dead is None or dead is None else z_dead @ sae.W_dec[dead.ids]
+    elif not cfg.matryoshka:
+        x_hat, e_hat = decode_from(z, pre.support, sae.W_dec, z_dead=z_dead, dead=dead)
+    else:
+        parts = pre.support.split((*cfg.matryoshka, cfg.d_sae))
+        summed, e_hat = decode_from(z.reshape(-1), parts, sae.W_dec, z_dead=z_dead, dead=dead)
+        nested = summed.view(pre.support.n_rows, -1, cfg.d_model).cumsum(1)
+        prefixes, x_hat = nested[:, :-1] + sae.b_dec, nested[:, -1]
+    empty = z.new_zeros(0) if e_hat is None else e_hat
+    return StepOutput(x_hat=x_hat + sae.b_dec, e_hat=empty, prefixes=prefixes, **pre.codes(z))  # type: ignore[arg-type]
+
+
+def _gated(sae: Any, x: Tensor, pre: _Pre) -> StepOutput:
+    """Gate and magnitude share W_enc. The L1 term and a second reconstruction, from the gate through a frozen decoder,
+    train the gate, whose step has no gradient of its own."""
+    magnitude = pre.of(sae.r_mag.exp()) * (pre.u - pre.of(sae.b_enc)) + pre.of(sae.b_mag)
+    gate = pre.u.relu()
+    z = magnitude.relu() * (pre.u > 0)
+    w_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+    frozen = gate @ w_dec if pre.support is None else decode_from(gate, pre.support, w_dec)[0]
+    return _reconstruct(sae, pre, z, None)._replace(gate=frozen + b_dec, sparsity=gate.sum() / len(x))
+
+
+def inference_threshold(sae: Any) -> Tensor:
+    """`[d_sae]`: a latent of a variable-L0 SAE fires where u (signed: |u|) is above it."""
+    kind = sae.cfg.activation
+    if kind == "relu":
+        return torch.zeros_like(sae.b_enc)
+    if kind == "gated":
+        # the magnitude e^r (u - b_enc) + b_mag must be positive too
+        return (sae.b_enc - sae.b_mag * torch.exp(-sae.r_mag)).clamp_min(0.0).detach()
+    return sae.threshold.detach()
+
+
+def encode(sae: Any, x: Tensor) -> Codes:
+    """Codes of rows x `[B, d_model]`; differentiable in x, W_enc, b_enc, b_dec (and r_mag, b_mag) where one asks for it."""
+    cfg = sae.cfg
+    tracked = torch.is_grad_enabled() and (x.requires_grad or sae.W_enc.requires_grad)
+    offsets = None
+    with torch.no_grad():
+        xc = x - sae.b_dec
+        if cfg.fixed_k:
+            u, indices = top_pre_activations(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed)
+        else:
+            found = above_threshold(xc, sae.W_enc, sae.b_enc, inference_threshold(sae), signed=cfg.signed)
+            assert found is not None
+            u, indices, offsets = found
+    if tracked:
+        support = Support(indices, cfg.d_sae, offsets)
+        u, _ = encode_at(x, sae.W_enc, sae.b_enc, sae.b_dec, support, u, xc=xc)
+    if cfg.activation == "gated":
+        u = sae.r_mag.exp()[indices] * (u - sae.b_enc[indices]) + sae.b_mag[indices]
+    values = u if cfg.signed else u.relu()
+    return Codes(values, indices.int(), offsets)
