@@ -71,7 +71,9 @@ def resolve(job: dict[str, Any]) -> tuple[list[SAEConfig], TrainConfig]:
         raise UsageError(f"a training job has the keys saes and train, not {', '.join(unknown)}")
     entries, schedule = job.get("saes") or [], job.get("train") or {}
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise UsageError("saes must be a list of mappings, for example saes: [{preset: topk, d_sae: 4608, k: 32}]")
+        raise UsageError(
+            "saes must be a list of mappings, for example saes: [{preset: topk, d_sae: 4608, k: 32}]"
+        )
     if not isinstance(schedule, dict):
         raise UsageError("train must be a mapping, for example train: {steps: 1500}")
     if not entries:

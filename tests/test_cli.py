@@ -225,7 +225,18 @@ def test_every_command_has_help() -> None:
         "evaluate",
         "index",
     ]
-    for command in [*commands, "feature list", "feature show", "feature proxies", "compare", "labels explain", "steer", "app", "demo", "doctor"]:
+    for command in [
+        *commands,
+        "feature list",
+        "feature show",
+        "feature proxies",
+        "compare",
+        "labels explain",
+        "steer",
+        "app",
+        "demo",
+        "doctor",
+    ]:
         done = subprocess.run(
             [sys.executable, "-m", "app.cli", *command.split(), "--help"], capture_output=True, text=True,
             cwd=Path(__file__).resolve().parent.parent,
