@@ -84,7 +84,7 @@ class Reconstruction:
         """fvu, mse (summed over d_model), nmse, cos, norm_ratio, bias, and l0 and l1 where codes were given."""
         total = dict(zip(_SUMS, self._totals.tolist(), strict=True))
         total["spread"] = total["square"] - (self._sum**2).sum().item() / max(self.n, 1)
-        return {m: total[a] / _no_zero(total[b]) for m, (a, b) in self._metrics().items()}
+        return {m: total[a] / float(_no_zeros(np.asarray(total[b]))) for m, (a, b) in self._metrics().items()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % interval of each metric over contexts; none from fewer than two contexts."""
@@ -92,7 +92,7 @@ class Reconstruction:
             return {}
         sums, at = np.stack(list(self._contexts.values())), {name: i for i, name in enumerate(_SUMS)}
         return {
-            m: bootstrap(sums, lambda t, a=a, b=b: t[:, at[a]] / np.maximum(t[:, at[b]], 1e-300))  # type: ignore[misc]
+            m: bootstrap(sums, lambda t, a=a, b=b: t[:, at[a]] / _no_zeros(t[:, at[b]]))  # type: ignore[misc]
             for m, (a, b) in self._metrics().items()
         }
 
@@ -100,8 +100,8 @@ class Reconstruction:
         return {m: r for m, r in _RATIOS.items() if self._has_codes or m not in ("l0", "l1")}
 
 
-def _no_zero(value: float) -> float:
-    return value if abs(value) > 1e-300 else 1e-300
+def _no_zeros(values: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(values) > 1e-300, values, 1e-300)
 
 
 def l1_norms(codes: Codes) -> Tensor:
