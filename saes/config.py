@@ -71,7 +71,8 @@ class SAEConfig(_Config):
     sparsity_warmup: float = 0.05
     """Share of the run over which l1 or l0 rises linearly from 0."""
     threshold_init: float = 0.05
-    """jumprelu: first threshold, in standard deviations of the first pre-activations."""
+    """jumprelu: first threshold, in standard deviations of the first pre-activations. Adam moves it by at most lr a
+    step: a run too short for that to reach 1 or 2 should start higher, with a wider bandwidth."""
     bandwidth: float = 0.05
     """jumprelu: width of the rectangle that passes gradients to a threshold, in the same unit."""
     matryoshka: tuple[int, ...] = ()

@@ -14,7 +14,8 @@ from saes.config import SAEConfig
 def relu_l1(*, d_sae: int, l1: float = 5.0, **other: Any) -> SAEConfig:
     """ReLU with an L1 term (Anthropic, April 2024): l1 = 5 on rows of norm sqrt(d_model), warm-up over 5 % of the run.
 
-    Decoder rows are unit here, which makes their L1 norm weighted by ||d_i|| the plain one.
+    Decoder rows are unit here, which makes the L1 norm weighted by ||d_i|| the plain one. Codes grow with
+    sqrt(d_model), squared errors with d_model: a narrow model needs less than 5.
     """
     return SAEConfig(d_sae=d_sae, activation="relu", l1=l1, **other)
 
