@@ -113,7 +113,9 @@ def corpus_build(
     """Tokenise text into a frozen token table; documents are split into train and held-out here."""
     from cache import build_corpus
     from cache.models import load_tokenizer
+    from cache.sources import check_source
 
+    check_source(source)
     root = workspace_path(workspace)
     made = build_corpus(
         source,

@@ -88,6 +88,14 @@ def _open(source: Any, workspace: Path, fields: Fields) -> Source:
     return Source(name=path.stem, key=sha256_file(path), documents=_file(path, fields))
 
 
+def check_source(source: str) -> None:
+    """Refuse a name that is no source before anything slow is loaded: the messages of `open_source`."""
+    from cache.hf_sources import is_hf
+
+    if source not in ASSETS and not is_hf(source):
+        _checked_path(Path(source))
+
+
 def _packaged(name: str, workspace: Path, fields: Fields) -> Source:
     asset = find(name, "corpus")
     if fields.dialogue != (name == PAIRS):

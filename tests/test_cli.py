@@ -46,6 +46,11 @@ def space(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cli")
 
 
+def test_a_wrong_source_is_refused_before_a_tokenizer_is_loaded(capsys, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "corpus", "build", "boolk", "--model", "no-such-model", "-w", str(tmp_path))
+    assert code == 2 and "boolk" in err and "boolq" in err and "no-such-model" not in err
+
+
 def test_the_whole_path_by_commands(
     capsys, space: Path, text_file: Path, tiny_dir: Path, tmp_path: Path
 ) -> None:
