@@ -8,7 +8,7 @@ SERVE  ?= 1
 PORT   ?= 8501
 TESTS  ?=
 
-.PHONY: install demo test test-all lint format bench clean
+.PHONY: install demo test test-all lint format bench claims clean
 
 install: $(STAMP)
 
@@ -44,6 +44,12 @@ bench: install
 	$(BIN)/python benchmarks/bench_cache.py
 	$(BIN)/python benchmarks/bench_harvest.py
 	$(BIN)/python benchmarks/bench_estimate.py
+
+# the claims of the papers on the store of ./workspace (FULL=1: the long runs); see docs/claims.md
+claims: install
+	@for script in benchmarks/claims/[a-z]*.py; do \
+		$(BIN)/python $$script $(if $(filter 1,$(FULL)),--full) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""`atomscope compare` and `atomscope feature proxies`: SAEs beside each other, and how readable their features are."""
+"""`atomscope compare`, `atoms` and `feature proxies`: SAEs beside each other, their atoms, how readable features are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.lookup import AsJson, Workspace, emit, sae_folder
+from app.lookup import AsJson, Workspace, emit, open_store, sae_folder
 from cache.workspace import workspace_path
 
 
@@ -34,6 +34,33 @@ def compare(
     lines = [*comparison_lines(found), *frontier_lines(table)]
     value = {"comparisons": found, "frontier": json.loads(table.to_json(orient="records"))}
     emit(value, as_json, "\n".join(lines))
+
+
+def atoms(
+    sae: Annotated[str, typer.Argument(help="SAE folder, run name, sae_id or latest.")] = "latest",
+    store_name: Annotated[str, typer.Argument(metavar="STORE")] = "latest",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Further SAEs beside it, for instance a TopK SAE of the same L0."),
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Rows of each split for R² and L0.")] = 50_000,
+    recovery: Annotated[
+        int, typer.Option(help="Codes given to basis pursuit, seconds each; 0 leaves it out.")
+    ] = 16,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decoder rows as threshold atoms: coherence in the atomic inner product, R² on both splits, l1 recovery, controls."""
+    from app.atom_table import atom_lines
+    from saes import SAE, evaluate_atoms
+
+    data = open_store(store_name, workspace)
+    others = {name: SAE.load(sae_folder(name, workspace)) for name in beside or []}
+    found = evaluate_atoms(
+        SAE.load(sae_folder(sae, workspace)), data, beside=others, max_rows=max_rows, recovery=recovery
+    )
+    rows = [r for r in found.rows if r["subject"].startswith("atoms:")]
+    emit(rows, as_json, "\n".join(atom_lines(rows)))
 
 
 def feature_proxies(

@@ -41,7 +41,7 @@ FROM docs GROUP BY corpus ORDER BY corpus
 """
 _MEASURES = """
 SELECT sae_id, store, hook, subject, metric, value, n, ci_low, ci_high
-FROM evaluations WHERE metric <> 'density_count' ORDER BY created DESC, sae_id
+FROM evaluations WHERE NOT ends_with(metric, '_count') ORDER BY created DESC, sae_id
 """
 
 
@@ -98,5 +98,5 @@ def measure_table(measures: pd.DataFrame, sae_id: str) -> pd.DataFrame:
     if not len(part):
         return pd.DataFrame()
     wide = part.pivot_table(index="subject", columns="metric", values="value", aggfunc="first")
-    order = sorted(wide.index, key=lambda s: (s != "sae", s in ("untrained", "random"), s))
-    return wide.loc[[s for s in order if s != "model"]]
+    order = sorted(wide.index, key=lambda s: (s != "sae", s in ("untrained", "initial"), s != "untrained", s))
+    return wide.loc[[s for s in order if s != "model" and not s.startswith("atoms:")]]

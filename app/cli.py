@@ -14,9 +14,10 @@ from typing import Annotated
 
 import typer
 
-from app import analysis_commands, data_commands, jobs, training_data
+from app import analysis_commands, attribution_commands, data_commands, jobs, sweep, training_data
 from app.label_commands import labels
 from app.lookup import AsJson, Workspace, emit, open_store, sae_folder
+from app.sae_commands import open_command, sae
 from app.store_commands import store
 from cache.errors import AtomscopeError, UsageError
 from cache.workspace import workspace_path
@@ -34,6 +35,7 @@ for name, group in (
     ("store", store),
     ("feature", feature),
     ("labels", labels),
+    ("sae", sae),
 ):
     app.add_typer(group, name=name)
 
@@ -55,7 +57,14 @@ def train(
     hook: Annotated[
         str | None, typer.Option(help="Hook to train on; needed where the store has several.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with saes: and train:.")] = None,
+    out_hook: Annotated[
+        str | None, typer.Option(help="Train transcoders: from --hook they predict this hook.")
+    ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(metavar="SAE", help="Start from this SAE's weights: folder, run name, sae_id or latest."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with saes:, train: and grid:.")] = None,
     preset: Annotated[
         str | None, typer.Option(help=f"{', '.join(PRESETS)}; default topk. Without a YAML file.")
     ] = None,
@@ -78,6 +87,14 @@ def train(
     window: Annotated[
         int, typer.Option(help="Row groups (about 6 MB) that --on-the-fly mixes at a time.")
     ] = 32,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(help="Memory for SAEs trained together, in 10^9 bytes; default: 0.8 of what is free."),
+    ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(metavar="PROJECT", help="Send the metrics to this Weights & Biases project too."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the resolved job with memory and disk estimates, and stop.")
     ] = False,
@@ -97,28 +114,27 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr}
     job["train"] = (job.get("train") or {}) | {key: v for key, v in given.items() if v is not None}
     jobs.override(job, assign or [])
-    saes, schedule = jobs.resolve(job)
+    jobs.check_keys(job)
     data = (
-        training_data.stored(store_name, hook, workspace)
+        training_data.stored(store_name, hook, workspace, out_hook)
         if on_the_fly is None
-        else training_data.on_the_fly(on_the_fly, model, hook, workspace, disk_gb=disk_gb, window=window)
-    )
-    need = jobs.estimate(saes, schedule, data.d_model, data.d_model * 2)
-    need["disk_bytes"] += data.disk_bytes
-    resolved = {"saes": [s.to_dict() for s in saes], "train": schedule.to_dict(), **data.described}
-    if dry_run:
-        text = json.dumps(resolved, indent=1) + f"\nmemory {need['memory_bytes'] / 2**30:.2f} GiB"
-        print(
-            json.dumps(resolved | {"estimate": need}, indent=1)
-            if as_json
-            else text + f", disk {need['disk_bytes'] / 2**30:.2f} GiB"
+        else training_data.on_the_fly(
+            on_the_fly, model, hook, workspace, disk_gb=disk_gb, window=window, out_hook=out_hook
         )
+    )
+    start = None if warm_start is None else sae_folder(warm_start, workspace)
+    runs, budget = sweep.plan(job, data.d_model, data.d_out, memory_gb and memory_gb * 1e9)
+    described = data.described | ({} if start is None else {"warm_start": str(start)})
+    if dry_run:
+        print(sweep.described(runs, described, data.disk_bytes, as_json))
         return
-    print(f"about {need['memory_bytes'] / 2**30:.2f} GiB of memory", file=sys.stderr)
+    for line in sweep.before(runs, budget):
+        print(line, file=sys.stderr)
     from saes import train as run
 
     source = data.open()
-    results = run(source, saes, schedule, hook=data.hook)
+    where = {"hook": data.hook, "out_hook": data.out_hook, "warm_start": start, "wandb": wandb}
+    results = [result for r in runs for result in run(source, r.saes, r.schedule, **where)]
     if on_the_fly is not None:
         source.remove()
     rows = [{"path": str(r.path), "sae_id": r.sae.sae_id, **r.metrics[-1]} for r in results]
@@ -137,19 +153,24 @@ def evaluate(
     max_tokens: Annotated[
         int, typer.Option(help="Held-out tokens for the cross-entropy; 0 leaves it out.")
     ] = 5000,
+    token_classes: Annotated[
+        bool, typer.Option(help="Also on template tokens, position 0 and content apart.")
+    ] = False,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
     """Reconstruction, delta CE and controls (PCA, untrained dictionary) on held-out documents."""
     from app.demo import evaluation_lines
+    from app.terminal import class_lines
     from cache import load_model
     from saes import SAE
     from saes import evaluate as run
 
     data, loaded = open_store(store_name, workspace), SAE.load(sae_folder(sae, workspace))
     lm = load_model(model or data.model_source, workspace=data.workspace) if max_tokens else None
-    result = run(loaded, data, lm, max_tokens=max_tokens)
-    emit(result.rows, as_json, "\n".join(evaluation_lines(result.rows)))
+    result = run(loaded, data, lm, max_tokens=max_tokens, token_classes=token_classes)
+    lines = evaluation_lines(result.rows) + (class_lines(result.rows) if token_classes else [])
+    emit(result.rows, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -217,6 +238,11 @@ def feature_show(
 
 feature.command("proxies")(analysis_commands.feature_proxies)
 app.command("compare")(analysis_commands.compare)
+app.command("atoms")(analysis_commands.atoms)
+app.command("attribute")(attribution_commands.attribute)
+
+
+app.command("open")(open_command)
 
 
 # ---- model and app ----

@@ -96,7 +96,11 @@ def corpus_build(
     ],
     model: Annotated[str, typer.Option(help="Model whose tokenizer is used.")] = DEFAULT_MODEL,
     mode: Annotated[
-        str, typer.Option(help="document, packed, or dialogue (a chat a row, through the chat template).")
+        str,
+        typer.Option(
+            help="document, packed, dialogue (a chat a row, through the chat template), dialogue_packed (chats end to "
+            "end in blocks) or dialogue_aligned (blocks that begin with a chat)."
+        ),
     ] = "document",
     max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 128,
@@ -106,6 +110,10 @@ def corpus_build(
     ] = None,
     label_field: Annotated[
         list[str] | None, typer.Option(help="Field that becomes a label column of docs; repeat for several.")
+    ] = None,
+    prepend_bos: Annotated[
+        bool | None,
+        typer.Option("--prepend-bos/--no-bos", help="BOS before each row; default: as the tokenizer does it."),
     ] = None,
     workspace: Workspace = None,
     as_json: AsJson = False,
@@ -126,6 +134,7 @@ def corpus_build(
         workspace=root,
         text_field=text_field,
         label_fields=label_field or (),
+        prepend_bos=prepend_bos,
     )
     cut = made.meta["truncated_docs"]
     more = (

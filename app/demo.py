@@ -208,7 +208,7 @@ def evaluation_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     values = {(r["subject"], r["metric"]): r["value"] for r in rows}
-    subjects = [s for s in dict.fromkeys(r["subject"] for r in rows) if s != "model"]
+    subjects = [s for s in dict.fromkeys(r["subject"] for r in rows) if s != "model" and ":" not in s]
     lines = [f"{'':<22}" + "".join(f"{s:>12}" for s in subjects)]
     for metric, title, form in SHOWN:
         cells = [form.format(values[s, metric]) if (s, metric) in values else "" for s in subjects]

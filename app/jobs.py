@@ -3,6 +3,7 @@
 saes:
   - {preset: topk, d_sae: 4608, k: 32}
 train: {steps: 1500, batch_size: 2048, lr: 8.0e-4}
+grid: {k: [16, 32], lr: [4.0e-4, 8.0e-4]}             # optional: app/sweep.py
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def resolve(job: dict[str, Any]) -> tuple[list[SAEConfig], TrainConfig]:
     """Configs of the job. Raises UsageError on unknown keys, presets or fields."""
     unknown = sorted(set(job) - {"saes", "train"})
     if unknown:
-        raise UsageError(f"a training job has the keys saes and train, not {', '.join(unknown)}")
+        raise UsageError(f"a training job has the keys saes, train and grid, not {', '.join(unknown)}")
     entries, schedule = job.get("saes") or [], job.get("train") or {}
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise UsageError(
@@ -85,7 +86,8 @@ def _sae(entry: dict[str, Any]) -> SAEConfig:
     preset = entry.pop("preset", "topk")
     if preset not in PRESETS:
         raise UsageError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
-    known = set(SAEConfig.__dataclass_fields__) - {"activation"}
+    # a preset is its activation, except that of GBA, which has two forms
+    known = set(SAEConfig.__dataclass_fields__) - ({"activation"} if preset != "gba" else set())
     unknown = sorted(set(entry) - known)
     if unknown or "d_sae" not in entry:
         problem = f"has no field {', '.join(unknown)}" if unknown else "needs d_sae, the number of latents"
@@ -115,16 +117,22 @@ def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def estimate(saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes: int) -> dict[str, float]:
-    """Peak memory and disk of a run in bytes: weights, gradients and both Adam moments, buffers, checkpoints."""
-    parameters = sum(2 * c.d_sae * d_model + c.d_sae + d_model for c in saes)
+def estimate(
+    saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes: int, d_out: int = 0
+) -> dict[str, float]:
+    """Peak memory and disk of a run in bytes: weights, gradients and both Adam moments, buffers, checkpoints.
+
+    d_out: width of what transcoders predict, whose rows are read too; 0: SAEs.
+    """
+    row_bytes += 2 * d_out
+    parameters = sum(c.d_sae * (d_model + (d_out or d_model) + 1) + (d_out or d_model) for c in saes)
     largest = max(c.d_sae for c in saes)
     # weights + gradient + two moments; two windows of the stream; a batch and its gradients; kernel blocks
     window = 2 * 32 * 6 * 2**20
-    batch = 6 * config.batch_size * d_model * 4 + 24 * config.batch_size * max(c.k for c in saes)
+    batch = 6 * config.batch_size * max(d_model, d_out) * 4 + 24 * config.batch_size * max(c.k for c in saes)
     # a threshold lets half of the latents through at first: five dense tensors of a batch
     batch += max(0 if c.has_k else 20 * config.batch_size * c.d_sae for c in saes)
-    memory = 16 * parameters + window + batch + 3 * 64 * 2**20 + 4 * largest
+    memory = 16 * parameters + window + batch + 3 * 128 * 2**20 + 4 * largest
     checkpoint = 12 * parameters
     return {
         "parameters": parameters,

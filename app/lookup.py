@@ -57,10 +57,17 @@ def open_corpus(name: str, root: Path) -> Any:
     return matches[0]
 
 
+_SAE_FILES = ("cfg.json", "params.npz", "params.safetensors", "ae.pt")
+
+
 def sae_folder(name: str, workspace: Path | None) -> Path:
-    """An SAE folder: a path, a run's name, an sae_id, or `latest`."""
-    if (Path(name) / "cfg.json").is_file():
+    """An SAE folder: a path, a run's name, an sae_id, or `latest`; a release:id is brought into the workspace."""
+    if any((Path(name) / f).is_file() for f in _SAE_FILES):
         return Path(name)
+    if ":" in name and not Path(name).exists():
+        from app.opening import bring_in
+
+        return bring_in(name, workspace_path(workspace))[1]
     root = workspace_path(workspace, create=False)
     found = sorted(root.glob("saes/*/*/cfg.json"), key=lambda p: p.stat().st_mtime)
     if name == "latest" and found:

@@ -26,7 +26,10 @@ PAGES = {
         st.Page("screens/features.py", title="Explorer", url_path="features"),
         st.Page("screens/inspect.py", title="Prompt inspector", url_path="inspect"),
     ],
-    "Measure": [st.Page("screens/compare.py", title="Compare SAEs", url_path="compare")],
+    "Measure": [
+        st.Page("screens/compare.py", title="Compare SAEs", url_path="compare"),
+        st.Page("screens/attribute.py", title="Attribution", url_path="attribute"),
+    ],
     "Act": [st.Page("screens/steer.py", title="Steering", url_path="steer")],
 }
 

@@ -53,15 +53,19 @@ def store_gc(
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete what killed processes left: half-written files, uncommitted shards, checkpoints of finished runs.
+    """Delete what killed processes left: half-written files, uncommitted shards, checkpoints of finished runs, idle
+    rings of training on the fly, and databases of feature indexes that a newer one has replaced.
 
     Committed data is never deleted, nor anything that a running process is writing.
     """
     from cache.cleaning import collect_garbage
     from saes.checkpoint import finished_checkpoints
+    from saes.index_file import superseded_files
 
     root = workspace_path(workspace, create=False)
     runs = [(path, "checkpoints of a finished run") for path in finished_checkpoints(root)]
+    old = superseded_files(root, older_than=older_than * 3600)
+    runs += [(path, "of a feature index, replaced by a newer one") for path in old]
     found = collect_garbage(root, older_than=older_than * 3600, delete=not dry_run, more=runs)
     total = sum(g.bytes for g in found)
     lines = [f"{g.bytes / 1e6:10.1f} MB  {g.path.relative_to(root)}  ({g.why})" for g in found]

@@ -81,6 +81,18 @@ def frontier_lines(table: Any) -> list[str]:
     return [*lines, "* no other SAE on this store is better at this L0"]
 
 
+def class_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The SAE on each kind of token: log2 and plain MSE, error over the row's own size, L0."""
+    values = {tuple(r["metric"].split("@")): r for r in rows if r["subject"] == "sae" and "@" in r["metric"]}
+    classes = list(dict.fromkeys(name for _, name in values))
+    lines = [f"\n{'tokens':<14}{'n':>9}{'log2 MSE':>10}{'MSE':>12}{'NMSE':>9}{'L0':>8}"]
+    for name in classes:
+        log2, mse, nmse, l0 = (values[m, name]["value"] for m in ("log2_mse", "mse", "nmse", "l0"))
+        n = values["mse", name]["n"]
+        lines.append(f"{name:<14}{n:>9,}{log2:>10.2f}{mse:>12.4g}{nmse:>9.4f}{l0:>8.1f}")
+    return lines
+
+
 def doctor_report(workspace: Path) -> dict[str, Any]:
     """Versions, cores, device, free disk and the workspace."""
     import torch

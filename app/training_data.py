@@ -27,25 +27,39 @@ class TrainingData:
     """Bytes that the data takes on disk beyond what is there; 0 for a store."""
     open: Callable[[], Any]
     """The `ActivationStore` or `Ring`."""
+    out_hook: str | None = None
+    """Hook that transcoders predict; None: SAEs."""
+    d_out: int = 0
 
 
-def stored(name: str, hook: str | None, workspace: Path | None) -> TrainingData:
+def stored(name: str, hook: str | None, workspace: Path | None, out_hook: str | None = None) -> TrainingData:
     """A store by folder, name or `latest`."""
     store = open_store(name, workspace)
+    if out_hook is not None and out_hook not in store.hooks:
+        raise UsageError(f"--out-hook is one of {', '.join(store.hooks)}; harvest another one into the same store")
     chosen = hook or (store.hooks[0] if len(store.hooks) == 1 else "")
     if chosen not in store.hooks:
         raise UsageError(f"--hook is one of {', '.join(store.hooks)}")
     return TrainingData(
-        described={"store": store.path.name, "hook": chosen},
+        described={"store": store.path.name, "hook": chosen} | ({"out_hook": out_hook} if out_hook else {}),
         hook=chosen,
         d_model=store.d(chosen),
         disk_bytes=0,
         open=lambda: store,
+        out_hook=out_hook,
+        d_out=store.d(out_hook) if out_hook else 0,
     )
 
 
 def on_the_fly(
-    corpus: str, model: str, hook: str | None, workspace: Path | None, *, disk_gb: float, window: int
+    corpus: str,
+    model: str,
+    hook: str | None,
+    workspace: Path | None,
+    *,
+    disk_gb: float,
+    window: int,
+    out_hook: str | None = None,
 ) -> TrainingData:
     """A ring of at most `disk_gb` gigabytes that the model fills while the trainer drains it."""
     from cache import harvest_ring, load_model
@@ -55,10 +69,14 @@ def on_the_fly(
     root = workspace_path(workspace)
     table, lm = open_corpus(corpus, root), load_model(model, workspace=root)
     size = int(disk_gb * 1e9)
+    hooks = [hook] if out_hook is None else [hook, out_hook]
     return TrainingData(
-        described={"corpus": table.path.name, "model": lm.name, "hook": hook, "disk_gb": disk_gb},
+        described={"corpus": table.path.name, "model": lm.name, "hook": hook, "disk_gb": disk_gb}
+        | ({"out_hook": out_hook} if out_hook else {}),
         hook=hook,
         d_model=lm.d_hook(hook),
         disk_bytes=size,
-        open=lambda: harvest_ring(lm, table, hooks=hook, workspace=root, disk_bytes=size, window=window),
+        open=lambda: harvest_ring(lm, table, hooks=hooks, workspace=root, disk_bytes=size, window=window),
+        out_hook=out_hook,
+        d_out=lm.d_hook(out_hook) if out_hook else 0,
     )

@@ -1,27 +1,42 @@
-"""The full TopK training step against its floor, the encoder GEMM, and against a dense autograd step.
+"""The full TopK training step against its floor, the encoder GEMM, and beside the steps of three other libraries.
 
 Step: forward, AuxK with 5 % of the latents dead, backward, decoder projection, clip, fused Adam, renormalisation,
-dead tracking. Median over interleaved pairs (GEMM, step, GEMM, step ...) in one process, so machine noise hits both.
+dead tracking. Median over interleaved rounds (GEMM, exact, screened, peer, peer ...), so machine noise hits all alike;
+peers run in processes of their own, one computing at a time (peers/README.md).
 
-    python benchmarks/bench_train.py [--pairs 15] [--varying]
+    python benchmarks/bench_train.py [--pairs 15] [--peers .venv-peers | --no-peers] [--varying] [--growth]
 
-step_over_gemm    step / torch.addmm of the encoder, float32 (screening by bf16 where the start-up probe shows a gain)
-exact_over_gemm   the same without screening
-speedup_vs_dense  dense autograd step (scatter, two GEMMs forward, Adam) / step
-<preset>_over_gemm  with --varying: the step of an SAE of varying L0, float32
+step_over_gemm           exact step / torch.addmm of the encoder, float32
+step_screened_over_gemm  step with bf16 screening / the same (None where the start-up probe leaves screening off)
+gemm_bf16_over_gemm      the bf16 GEMM / the same: what no screened step can go below
+speedup_vs_<peer>        the peer's step / the step as it is by default (screened where that gains); with _exact: / the exact step
+speedup_vs_dense         dense autograd step (scatter, two GEMMs forward, Adam) / the step as it is by default
+curves                   held-out FVU after equal tokens, from each trainer's own start, one learning rate
+eight_vs_multisae, data_share, memory_growth_vs_saelens  train_eight.py, train_peers.py
+<preset>_over_gemm       with --varying: the step of an SAE of varying L0, float32
+growth                   with --growth alone: sizes d_sae 4k to 131k and d_model 256 to 2,304, with FLOP and byte bounds
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.train_eight import data_share, versus_multisae
+from benchmarks.train_growth import growth
+from benchmarks.train_peers import Peer, Rows, curves, environment, median_ratio, memory_growth
 from saes import presets
 from saes.config import SAEConfig, TrainConfig
 from saes.kernels import Dead
@@ -57,9 +72,16 @@ def varying(x: torch.Tensor) -> dict[str, Trainer]:
     return out
 
 
+def sized(x: torch.Tensor, d_sae: int) -> Trainer:
+    """An exact trainer of another size."""
+    return make_trainer(x, "off", presets.topk(d_sae=d_sae, k=K, d_model=x.shape[1]))
+
+
 def make_dead(trainer: Trainer) -> None:
     """Offer 5 % of the latents to AuxK on every step; the window is so long that no refresh takes them away."""
-    ids = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[: int(D_SAE * DEAD_SHARE)]
+    d_sae = trainer.cfg.d_sae
+    ids = torch.randperm(d_sae, generator=torch.Generator().manual_seed(1))
+    ids = ids[: int(d_sae * DEAD_SHARE)].sort().values
     trainer.dead = Dead(ids, min(trainer.cfg.aux_width(), len(ids)))
     trainer.refresh_dead = lambda: None  # type: ignore[method-assign]
 
@@ -103,12 +125,12 @@ class DenseStep:
 
 def timed(fn: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
+    own = fn()
+    return own if isinstance(own, float) else time.perf_counter() - start
 
 
 def interleave(fns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function, taken in turns; two warm-up rounds are dropped."""
+    """Seconds of each function (its own, where it returns them), taken in turns; two warm-up rounds are dropped."""
     out: dict[str, list[float]] = {name: [] for name in fns}
     for i in range(rounds + 2):
         for name, fn in fns.items():
@@ -118,59 +140,138 @@ def interleave(fns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     return out
 
 
-def main() -> None:
+def planted_rows(n: int) -> torch.Tensor:
+    """Sparse sums of 2,048 random directions with noise, scaled to a mean norm of sqrt(d_model)."""
+    gen = torch.Generator().manual_seed(1000)  # not a seed of an initialisation: it would start at the truth
+    atoms = torch.randn(2048, D_MODEL, generator=gen)
+    z = torch.randn(n, 2048, generator=gen).relu() * (torch.rand(n, 2048, generator=gen) < 0.02)
+    x = z @ atoms + torch.randn(n, D_MODEL, generator=gen) * 0.5
+    return x * (D_MODEL**0.5 / x.norm(dim=1).mean())
+
+
+def steps(x: torch.Tensor, args: argparse.Namespace) -> tuple[dict[str, Any], Trainer]:
+    """Ours against the GEMM and the dense step, and the peers' steps, all in one interleaved run."""
+    batch = x[:BATCH]
+    exact, auto = make_trainer(x, "off"), make_trainer(x, "auto")
+    weights = exact.sae.W_enc.detach(), exact.sae.b_enc.detach()
+    half = [t.bfloat16() for t in (*weights, batch)]
+    fns: dict[str, Callable[[], Any]] = {
+        "gemm": lambda: torch.addmm(weights[1], batch, weights[0].T),
+        "gemm_bf16": lambda: torch.addmm(half[1], half[2], half[0].T),
+        "exact": lambda: exact.step(batch, 0),
+    }
+    if auto.screen.enabled:
+        fns["screened"] = lambda: auto.step(batch, 0)
+    say(f"d_model {D_MODEL}, d_sae {D_SAE}, k {K}, batch {BATCH}, {torch.get_num_threads()} threads, "
+        f"{DEAD_SHARE:.0%} dead, screening {'on' if auto.screen.enabled else 'off'} after the probe")  # fmt: skip
+    with contextlib.ExitStack() as open_peers, tempfile.TemporaryDirectory() as folder:
+        for name in peer_names(args):
+            peer = Peer(name, args.python, **job(Rows(x, Path(folder))))
+            open_peers.callback(peer.close)
+            fns[name] = peer.seconds  # its own clock: what passes between the processes is not counted
+        t = interleave(fns, args.pairs)
+    d = interleave({"step": lambda: auto.step(batch, 0), "dense": dense_of(exact, batch)}, args.dense_pairs)
+    for name, seconds in (t | {"dense autograd": d["dense"]}).items():
+        say(f"  {name:<22}{statistics.median(seconds) * 1e3:8.0f} ms")
+    ours = "screened" if "screened" in t else "exact"
+    result: dict[str, Any] = {
+        "step_over_gemm": round(median_ratio(t["exact"], t["gemm"]), 3),
+        "step_screened_over_gemm": round(median_ratio(t["screened"], t["gemm"]), 3) if ours == "screened" else None,
+        "gemm_bf16_over_gemm": round(median_ratio(t["gemm_bf16"], t["gemm"]), 3),
+        "speedup_vs_dense": round(median_ratio(d["dense"], d["step"]), 2),
+    }  # fmt: skip
+    for name in peer_names(args):
+        result[f"speedup_vs_{name}"] = round(median_ratio(t[name], t[ours]), 2)
+        result[f"speedup_vs_{name}_exact"] = round(median_ratio(t[name], t["exact"]), 2)
+    result |= {"screening": auto.screen.enabled, "audit_misses": auto.screen.misses}
+    return result, auto
+
+
+def dense_of(trainer: Trainer, batch: torch.Tensor) -> Callable[[], Any]:
+    dense = DenseStep(trainer)
+    return lambda: dense.step(batch)
+
+
+def job(rows: Rows, **more: Any) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    return {
+        "data": str(rows.path), "d_sae": D_SAE, "k": K, "batch": BATCH, "lr": 1e-4, "dead": DEAD_SHARE, "threads": threads
+    } | more  # fmt: skip
+
+
+def peer_names(args: argparse.Namespace) -> list[str]:
+    return [] if args.no_peers else ["saelens", "dictionary_learning", "sparsify"]
+
+
+def beside_peers(x: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Loss after equal tokens, growth of memory, and eight SAEs at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Rows(x, Path(folder))
+        say(f"held-out FVU after tokens: d_sae 4096, k {K}, batch 1024, lr 4e-4, one run of each")
+        named: dict[str, dict[str, Any]] = {
+            "ours-exact": {"screen": "off"},
+            "ours-screened": {"screen": "on"},
+        }
+        named |= {name: {} for name in peer_names(args)}
+        small = job(rows, d_sae=4096, batch=1024, lr=4e-4, dead=0.0)
+        out: dict[str, Any] = {
+            "curves": curves(named, args.python, args.curve_steps, args.curve_steps // 5, **small)
+        }
+        grown = memory_growth({"ours": {}, "saelens": {}}, args.python, **job(rows))
+    say(
+        f"memory after construction: ours +{grown['ours'] / 1e6:.0f} MB, SAELens +{grown['saelens'] / 1e6:.0f} MB"
+    )
+    out["memory_growth_vs_saelens"] = round(grown["ours"] / grown["saelens"], 3)
+    return out | versus_multisae(args.eight_tokens, 4608, BATCH)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--pairs", type=int, default=15, help="interleaved pairs (at least 15 for the record)"
+        "--pairs", type=int, default=15, help="interleaved rounds (at least 15 for the record)"
     )
-    parser.add_argument("--dense-pairs", type=int, default=5, help="pairs with the slow dense step")
-    parser.add_argument(
-        "--varying", action="store_true", help="also time SAEs whose L0 varies, at a mean L0 of K"
-    )
+    parser.add_argument("--dense-pairs", type=int, default=5, help="rounds with the slow dense step")
+    parser.add_argument("--curve-steps", type=int, default=100, help="steps of each loss curve")
+    parser.add_argument("--eight-tokens", type=int, default=16_384, help="tokens of the eight SAEs")
+    parser.add_argument("--peers", type=Path, default=Path(".venv-peers"), help="the peers' environment")
+    parser.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
+    parser.add_argument("--varying", action="store_true", help="also SAEs whose L0 varies, at a mean L0 of K")
+    parser.add_argument("--growth", action="store_true", help="only how the cost grows with the sizes")
     args = parser.parse_args()
-    gen = torch.Generator().manual_seed(0)
-    atoms = torch.randn(2048, D_MODEL, generator=gen)
-    z = torch.randn(BATCH * 8, 2048, generator=gen).relu() * (
-        torch.rand(BATCH * 8, 2048, generator=gen) < 0.02
-    )
-    x = z @ atoms + torch.randn(BATCH * 8, D_MODEL, generator=gen) * 0.5
-    batch = x[:BATCH]
-    auto, exact = make_trainer(x, "auto"), make_trainer(x, "off")
+    if not (args.no_peers or args.growth):
+        args.python = environment(args.peers)
+    return args
 
-    def gemm() -> None:
-        w = exact.sae
-        torch.addmm(w.b_enc.detach(), batch, w.W_enc.detach().T)
 
-    print(f"d_model {D_MODEL}, d_sae {D_SAE}, k {K}, batch {BATCH}, {torch.get_num_threads()} threads, "
-          f"{DEAD_SHARE:.0%} dead, screening {'on' if auto.screen.enabled else 'off'} after the probe")  # fmt: skip
-    t = interleave(
-        {"gemm": gemm, "step": lambda: auto.step(batch, 0), "exact": lambda: exact.step(batch, 0)}, args.pairs
-    )
-    dense = DenseStep(exact)
-    d = interleave(
-        {"step": lambda: auto.step(batch, 0), "dense": lambda: dense.step(batch)}, args.dense_pairs
-    )
-
-    def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-        return statistics.median(p / q for p, q in zip(times[a], times[b], strict=True))
-
-    result = {
-        "step_over_gemm": round(ratio(t, "step", "gemm"), 3),
-        "exact_over_gemm": round(ratio(t, "exact", "gemm"), 3),
-        "speedup_vs_dense": round(ratio(d, "dense", "step"), 2),
-        "screening": auto.screen.enabled,
-        "audit_misses": auto.screen.misses,
-    }
-    print(f"encoder GEMM {statistics.median(t['gemm']) * 1e3:.0f} ms, step {statistics.median(t['step']) * 1e3:.0f} ms, "
-          f"without screening {statistics.median(t['exact']) * 1e3:.0f} ms, "
-          f"dense autograd {statistics.median(d['dense']) * 1e3:.0f} ms")  # fmt: skip
+def main() -> None:
+    args = arguments()
+    if args.growth:
+        table = growth(sized, BATCH, K, DEAD_SHARE, min(args.pairs, 3))
+        print(json.dumps({"growth": table}))
+        return
+    x = planted_rows(BATCH * 10)
+    result, trainer = steps(x, args)
+    result["data_share"] = round(data_share(trainer, BATCH, 10), 4)
+    say(f"the loop waits for data in {result['data_share']:.1%} of its time")
+    if not args.no_peers:
+        result |= beside_peers(x, args)
     if args.varying:
-        trainers = varying(x)
-        steps = {name: lambda t=t: t.step(batch, 0) for name, t in trainers.items()}
-        times = interleave({"gemm": gemm} | steps, args.pairs)
-        result |= {f"{name}_over_gemm": round(ratio(times, name, "gemm"), 3) for name in trainers}
+        trainers, batch = varying(x), x[:BATCH]
+        fns: dict[str, Callable[[], Any]] = {
+            name: lambda t=t: t.step(batch, 0) for name, t in trainers.items()
+        }
+        w = trainer.sae
+        fns["gemm"] = lambda: torch.addmm(w.b_enc.detach(), batch, w.W_enc.detach().T)
+        times = interleave(fns, args.pairs)
+        result |= {
+            f"{name}_over_gemm": round(median_ratio(times[name], times["gemm"]), 3) for name in trainers
+        }
     print("GPU: not measured")
     print(json.dumps(result))
 

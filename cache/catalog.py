@@ -23,7 +23,8 @@ from cache.views import create_view, literal, tokens_sql
 from cache.workspace import workspace_path
 
 GROUP = "atomscope.views"
-_OWN = {"cache": "cache.views:views", "saes": "saes.views:views"}  # for a checkout that is not installed
+# For a checkout that is not installed.
+_OWN = {"cache": "cache.views:views", "saes": "saes.views:views", "probes": "probes.views:views"}
 
 Views = Callable[[Path], list[str]]
 

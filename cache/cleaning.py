@@ -6,6 +6,8 @@ their folders (workspace.py, writer.py). Committed shards are never garbage, dam
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
 import time
 from collections.abc import Iterable
@@ -35,6 +37,7 @@ def collect_garbage(
     `more` are (path, why) that another layer knows to be garbage.
     """
     found = [Garbage(p, size_of(p), "left in _tmp by a process that ended") for p in stale_tmp(workspace, older_than)]  # fmt: skip
+    found += [Garbage(p, size_of(p), "a ring that no process uses; its run makes it again") for p in idle_rings(workspace, older_than)]  # fmt: skip
     found += [Garbage(p, size_of(p), why) for p, why in more]
     if delete:
         for item in found:
@@ -47,6 +50,35 @@ def collect_garbage(
                     remove(item.path)
             found += orphans
     return found
+
+
+def idle_rings(workspace: Path, older_than: float) -> list[Path]:
+    """Rings (cache/ring.py) whose lock nobody holds and that were last written `older_than` seconds ago or earlier."""
+    return [
+        ring
+        for ring in sorted(p for p in workspace.glob("rings/*") if p.is_dir())
+        if time.time() - newest(ring) >= older_than and not _is_held(ring / "lock")
+    ]
+
+
+def newest(path: Path) -> float:
+    """Time of the last write to a file or to anything in a folder."""
+    times = [path.lstat().st_mtime]
+    for p in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # its writer has just replaced it
+            times.append(p.lstat().st_mtime)
+    return max(times)
+
+
+def _is_held(lock: Path) -> bool:
+    if not lock.is_file():
+        return False
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _orphans(folder: Path, older_than: float) -> list[Garbage]:

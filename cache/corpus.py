@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import DataError, MissingDataError, UsageError
-from cache.packing import COLUMNS, Packing, add_roles, pack
+from cache.packing import COLUMNS, DIALOGUES, MODES, Packing, add_roles, pack
 from cache.provenance import provenance
 from cache.sources import Fields, Label, Source, open_source
 from cache.tokenising import Tokenised, tokenise
@@ -32,7 +32,6 @@ from cache.vocab import prepends_bos, template_sha256, tokenizer_sha256, vocab_s
 from cache.workspace import atomic_dir, canonical_json, read_json, workspace_path, write_json
 
 SCHEMA_VERSION = 1
-MODES = ("document", "packed", "dialogue")
 _ROWS_PER_GROUP = 122_880
 
 
@@ -130,19 +129,21 @@ def build_corpus(
     labels: Mapping[str, Sequence[Label]] | None = None,
     text_field: str | None = None,
     label_fields: Sequence[str] = (),
+    prepend_bos: bool | None = None,
 ) -> Corpus:
     """Tokenise `source` into a frozen token table.
 
     `source`: a packaged corpus, a .txt/.jsonl/.csv/.parquet file, a data set (hf:owner/name, a folder, a `datasets`
-    object), or an iterable of strings, rows or, with mode="dialogue", lists of messages. Rows have their text in
+    object), or an iterable of strings, rows or, in the dialogue modes, lists of messages. Modes: cache/packing.py. Rows have their text in
     `text_field` and may have labels: fields called label_* and those in `label_fields`.
+    `prepend_bos` None: as the tokenizer does it.
     `max_tokens` takes whole documents in order and stops before the one that would pass it (the first is always
     taken). An identical call on a packaged corpus or an unchanged file returns the existing table at once.
     """
     started = time.time()
     root = workspace_path(workspace)
-    packing = _packing(tokenizer, mode, context)
-    fields = Fields(dialogue=mode == "dialogue", text=text_field, labels=tuple(label_fields))
+    packing = _packing(tokenizer, mode, context, prepend_bos)
+    fields = Fields(dialogue=mode in DIALOGUES, text=text_field, labels=tuple(label_fields))
     opened = open_source(source, workspace=root, labels=labels, fields=fields)
     policy: dict[str, Any] = {"mode": mode, "context": context, "prepend_bos": packing.bos is not None}
     if fields.dialogue:
@@ -157,7 +158,7 @@ def build_corpus(
         tokenizer,
         dialogue=fields.dialogue,
         max_tokens=max_tokens,
-        context=context,
+        cut=context if mode in ("dialogue", "dialogue_aligned") else None,
         name=opened.name,
     )
     columns = pack(docs.ids, packing, docs.split)
@@ -210,11 +211,15 @@ def write_corpus(
     return Corpus.open(folder)
 
 
-def _packing(tokenizer: Any, mode: str, context: int) -> Packing:
+def _packing(tokenizer: Any, mode: str, context: int, prepend_bos: bool | None) -> Packing:
     if mode not in MODES:
         raise UsageError(f"no corpus mode {mode!r}: the modes are {', '.join(repr(m) for m in MODES)}")
     # A chat template writes the BOS itself.
-    bos = tokenizer.bos_token_id if prepends_bos(tokenizer) and mode != "dialogue" else None
+    wanted = mode not in DIALOGUES and (prepends_bos(tokenizer) if prepend_bos is None else prepend_bos)
+    if prepend_bos and (not wanted or tokenizer.bos_token_id is None):
+        reason = "this tokenizer has none" if wanted else "dialogues have what their template writes"
+        raise UsageError(f"prepend_bos asks for a BOS before each row, and {reason}: leave it out")
+    bos = tokenizer.bos_token_id if wanted else None
     if context < 2:
         raise UsageError(f"context is {context}: a row of a forward pass needs at least 2 tokens")
     if mode == "packed" and tokenizer.eos_token_id is None:

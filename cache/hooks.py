@@ -72,6 +72,11 @@ def _blocks(hf: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(named, key=lambda item: item[0].count("."))
 
 
+def decoder_layers(hf: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a Hugging Face model, in order; UsageError where there is no such list."""
+    return list(_blocks(hf)[1])
+
+
 def module_sites(hf: nn.Module) -> dict[str, Site]:
     """Hook name → site, in the order of execution, for the usual pre-norm decoders."""
     prefix, blocks = _blocks(hf)

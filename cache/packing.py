@@ -1,9 +1,12 @@
 """From documents' token ids to the rows of forward passes: pure numpy, no tokenizer and no model.
 
-document  each document starts a row of its own; one longer than the context continues in the next rows
-packed    documents of one split are joined by a separator (eos) and cut every `context` tokens; train blocks
-          come first, held-out blocks after them, so that no block ever holds tokens of both
-dialogue  as document; dialogues come already cut to the context, and with the role of every token
+document          each document starts a row of its own; one longer than the context continues in the next rows
+packed            documents of one split are joined by a separator (eos) and cut every `context` tokens; train blocks
+                  come first, held-out blocks after them, so that no block ever holds tokens of both
+dialogue          as document; dialogues come already cut to the context, and with the role of every token
+dialogue_packed   rendered dialogues end to end, nothing between them, cut every `context` tokens as in packed: the usual
+                  data path of SAEs of chat models (BT(F) of arXiv 2506.07691), in which few blocks begin with a dialogue
+dialogue_aligned  whole dialogues (cut to the context) fill a row while they fit, so every row begins with a dialogue
 
 Padding is never stored. With a BOS, every row starts with one, and it counts towards the context; a chat template
 writes its own.
@@ -18,6 +21,11 @@ import numpy as np
 import xxhash
 
 TRAIN, HELDOUT = 0, 1
+MODES = ("document", "packed", "dialogue", "dialogue_packed", "dialogue_aligned")
+DIALOGUES = ("dialogue", "dialogue_packed", "dialogue_aligned")
+"""Modes that take lists of messages."""
+BLOCKS = ("packed", "dialogue_packed", "dialogue_aligned")
+"""Modes in which a row of a forward pass may hold several documents."""
 FLAG_FIRST, FLAG_SPECIAL, FLAG_NOT_ASSISTANT = 1, 2, 4
 ROLE_NONE, ROLE_ASSISTANT = 0, 3
 BOS_DOC_POS = -1
@@ -51,7 +59,7 @@ class Packing:
     """How token ids become rows."""
 
     mode: str
-    """"document", "packed" or "dialogue"."""
+    """One of MODES."""
     context: int
     """Longest row of a forward pass, in tokens, BOS included."""
     bos: int | None = None
@@ -73,7 +81,7 @@ def pack(
     """Token-table columns, sorted by (seq, pos), of documents given as int32 arrays (none of them empty)."""
     splits = np.array([split_of(d) for d in docs] if splits is None else splits, dtype=np.uint8)
     lengths = np.array([len(d) for d in docs], dtype=np.int64)
-    if packing.mode != "packed":
+    if packing.mode not in BLOCKS:
         order = np.arange(len(docs))
         parts = [_stream(docs, order, None)]
         starts = [_document_starts(lengths, packing.body)]
@@ -83,7 +91,10 @@ def pack(
             order = np.flatnonzero(splits == split)
             if len(order):
                 parts.append(_stream(docs, order, packing.separator))
-                starts.append(np.arange(0, len(parts[-1]["tok"]), packing.body))
+                if packing.mode == "dialogue_aligned":
+                    starts.append(_whole_documents(lengths[order], packing.body))
+                else:
+                    starts.append(np.arange(0, len(parts[-1]["tok"]), packing.body))
     offsets = np.cumsum([0, *(len(p["tok"]) for p in parts)])
     table = {name: np.concatenate([p[name] for p in parts]) for name in ("tok", "doc", "doc_pos")}
     begin = np.concatenate([s + o for s, o in zip(starts, offsets)])
@@ -96,6 +107,18 @@ def _document_starts(lengths: np.ndarray, body: int) -> np.ndarray:
     doc_start = np.cumsum(lengths) - lengths
     within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
     return np.repeat(doc_start, rows) + within * body
+
+
+def _whole_documents(lengths: np.ndarray, body: int) -> np.ndarray:
+    """Where rows begin when each takes the next documents as long as they fit; none is longer than `body`."""
+    starts, at, room = [], 0, 0
+    for n in lengths.tolist():
+        if n > room:
+            starts.append(at)
+            room = body
+        room -= n
+        at += n
+    return np.array(starts, dtype=np.int64)
 
 
 def _stream(docs: Sequence[np.ndarray], order: np.ndarray, separator: int | None) -> dict[str, np.ndarray]:
@@ -115,8 +138,11 @@ def add_roles(
     table: dict[str, np.ndarray], role: Sequence[np.ndarray], template: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The table of dialogues with their roles, flag 2 on every token of the template, flag 4 off the assistant."""
-    roles = np.concatenate(role)
-    flags = table["flags"] | (FLAG_SPECIAL * np.concatenate(template)).astype(np.uint8)
+    lengths = np.array([len(r) for r in role], dtype=np.int64)
+    # packing may have put the documents in another order
+    at = (np.cumsum(lengths) - lengths)[table["doc"]] + table["doc_pos"]
+    roles = np.concatenate(role)[at]
+    flags = table["flags"] | (FLAG_SPECIAL * np.concatenate(template)[at]).astype(np.uint8)
     flags |= (FLAG_NOT_ASSISTANT * (roles != ROLE_ASSISTANT)).astype(np.uint8)
     return table | {"role": roles, "flags": flags}
 

@@ -1,7 +1,7 @@
 """Documents → token ids, with roles where they are dialogues. Texts are let go of as soon as they are ids.
 
 `max_tokens` takes whole documents in order and stops before the one that would pass it (the first is always taken).
-A dialogue longer than the context is cut after `context` tokens; its split is decided by all of its tokens.
+A dialogue longer than `cut` tokens is cut there; its split is decided by all of its tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def tokenise(
     *,
     dialogue: bool,
     max_tokens: int | None,
-    context: int,
+    cut: int | None,
     name: str,
 ) -> Tokenised:
     """Tokenise a stream of documents, reading no further than `max_tokens`."""
@@ -61,7 +61,7 @@ def tokenise(
         encoded = _dialogues(chunk, template, seen) if template else _texts(chunk, tokenizer)
         seen += len(chunk)
         for doc, (ids, role, marks) in zip(chunk, encoded):
-            kept = min(len(ids), context) if dialogue else len(ids)
+            kept = len(ids) if cut is None else min(len(ids), cut)
             if max_tokens is not None and len(out) and total + kept > max_tokens:
                 return out
             if not kept:

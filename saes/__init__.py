@@ -17,26 +17,38 @@ _EXPORTS = {
     "TrainResult": "saes.training",
     "attach": "saes.splice",
     "evaluate": "saes.evaluation",
+    "evaluate_atoms": "saes.atoms",
     "build_index": "saes.indexing",
     "FeatureIndex": "saes.queries",
     "build_proxies": "saes.proxies",
     "compare_saes": "saes.compare",
+    "check": "saes.checking",
+    "Conventions": "saes.conventions",
     "presets": "saes.presets",
+    "Suite": "saes.synthetic",
+    "make_suite": "saes.synthetic",
+    "recovery_scores": "saes.recovery",
 }
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from saes import presets as presets
+    from saes.atoms import evaluate_atoms as evaluate_atoms
+    from saes.checking import check as check
     from saes.codes import Codes as Codes
     from saes.compare import compare_saes as compare_saes
     from saes.config import SAEConfig as SAEConfig
     from saes.config import TrainConfig as TrainConfig
+    from saes.conventions import Conventions as Conventions
     from saes.evaluation import evaluate as evaluate
     from saes.indexing import build_index as build_index
     from saes.proxies import build_proxies as build_proxies
     from saes.queries import FeatureIndex as FeatureIndex
+    from saes.recovery import recovery_scores as recovery_scores
     from saes.sae import SAE as SAE
     from saes.splice import attach as attach
+    from saes.synthetic import Suite as Suite
+    from saes.synthetic import make_suite as make_suite
     from saes.training import TrainResult as TrainResult
     from saes.training import train as train
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from saes.codes import Codes
+from saes.gradients import GradientBuffers
 from saes.kernels import (
+    Also,
     Dead,
     Scratch,
     StepOutput,
@@ -90,18 +92,22 @@ def training_step(
     select: Any = top_pre_activations,
     eps: float = 1.0,
     scratch: Scratch | None = None,
+    into: GradientBuffers | None = None,
 ) -> StepOutput:
     """Forward pass of training of an `SAE` on rows x `[B, d_model]`, differentiable in its parameters and x.
 
-    `select` finds the k latents of a row (topk, abs_topk); eps is the rectangle's width in units of u (jumprelu).
+    `select` finds the k latents of a row (topk, abs_topk); eps is the rectangle's width in units of u (jumprelu). With
+    `into`, a sparse step's gradients of W_enc and W_dec (less its radial part) go there.
     """
     cfg, scratch = sae.cfg, scratch or Scratch()
     with torch.no_grad():
-        xc = x - sae.b_dec
+        xc = x - sae.centre
     if cfg.has_k:
-        return _top(sae, x, xc, dead, select, scratch)
+        return _top(sae, x, xc, dead, select, scratch, into)
+    if cfg.bias_rule == "gba":
+        return _adapted(sae, x, xc, scratch)
     low = torch.zeros_like(sae.b_enc) if cfg.activation != "jumprelu" else sae.threshold.detach() - eps / 2
-    pre = _pre_above(sae, x, xc, low, dead, scratch)
+    pre = _pre_above(sae, x, xc, low, dead, scratch, into)
     if cfg.activation == "gated":
         return _gated(sae, x, pre)
     if cfg.activation == "relu":
@@ -114,13 +120,22 @@ def training_step(
     return _reconstruct(sae, pre, z, dead)._replace(sparsity=sparsity)
 
 
-def _top(sae: Any, x: Tensor, xc: Tensor, dead: Dead | None, select: Any, scratch: Scratch) -> StepOutput:
+def _top(
+    sae: Any,
+    x: Tensor,
+    xc: Tensor,
+    dead: Dead | None,
+    select: Any,
+    scratch: Scratch,
+    into: GradientBuffers | None = None,
+) -> StepOutput:
     """TopK and BatchTopK, signed or not, with nested prefixes where the config names them."""
     cfg = sae.cfg
     offsets = None
+    also = None if dead is None else Also(dead.ids)
     if cfg.fixed_k:
         with torch.no_grad():
-            found, indices = select(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed)
+            found, indices = select(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed, also=also)
             if cfg.matryoshka:
                 indices, order = indices.sort(dim=1)
                 found = found.gather(1, order)
@@ -128,23 +143,44 @@ def _top(sae: Any, x: Tensor, xc: Tensor, dead: Dead | None, select: Any, scratc
         found, indices, offsets = batch_largest(
             xc, sae.W_enc, sae.b_enc, len(x) * cfg.k, signed=cfg.signed, scratch=scratch
         )
-    support = Support(indices, cfg.d_sae, offsets)
-    u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.b_dec, support, found, xc=xc, dead=dead)
+    support, kept = Support(indices, cfg.d_sae, offsets, into), also and also.values
+    u, u_dead = encode_at(
+        x, sae.W_enc, sae.b_enc, sae.centre, support, found, xc=xc, dead=dead, u_dead=kept
+    )
     return _reconstruct(sae, _Pre(u, u_dead, support), u if cfg.signed else u.relu(), dead)
 
 
-def _pre_above(sae: Any, x: Tensor, xc: Tensor, low: Tensor, dead: Dead | None, scratch: Scratch) -> _Pre:
+def _pre_above(
+    sae: Any,
+    x: Tensor,
+    xc: Tensor,
+    low: Tensor,
+    dead: Dead | None,
+    scratch: Scratch,
+    into: GradientBuffers | None = None,
+) -> _Pre:
     found = above_threshold(xc, sae.W_enc, sae.b_enc, low, scratch=scratch, dense_share=DENSE_SHARE)
     if found is None:
-        u = torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc.T)
+        u = torch.addmm(sae.b_enc, x - sae.centre, sae.W_enc.T)
         return _Pre(u, None if dead is None else u[:, dead.ids], None)
-    support = Support(found.indices, sae.cfg.d_sae, found.offsets)
-    u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.b_dec, support, found.values, xc=xc, dead=dead)
+    support = Support(found.indices, sae.cfg.d_sae, found.offsets, into)
+    u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.centre, support, found.values, xc=xc, dead=dead)
     return _Pre(u, u_dead, support)
 
 
-def _reconstruct(sae: Any, pre: _Pre, z: Tensor, dead: Dead | None) -> StepOutput:
-    cfg = sae.cfg
+def _adapted(sae: Any, x: Tensor, xc: Tensor, scratch: Scratch) -> StepOutput:
+    """GBA: biases are data to a step, decoder rows are a_m w_m (saes/gba.py); `values` are z without a_m."""
+    low = inference_threshold(sae)
+    pre = _pre_above(sae, x, xc, low, None, scratch)
+    z = pre.u * (pre.u > pre.of(low))
+    out = _reconstruct(sae, pre, z * pre.of(sae.gain), None, sae.W_enc)
+    return out._replace(values=z.detach())
+
+
+def _reconstruct(
+    sae: Any, pre: _Pre, z: Tensor, dead: Dead | None, w_dec: Tensor | None = None
+) -> StepOutput:
+    cfg, w_dec = sae.cfg, sae.W_dec if w_dec is None else w_dec
     z_dead = (
         None
         if pre.u_dead is None or dead is None
@@ -152,14 +188,14 @@ def _reconstruct(sae: Any, pre: _Pre, z: Tensor, dead: Dead | None) -> StepOutpu
     )
     prefixes = None
     if pre.support is None:
-        x_hat = z @ sae.W_dec
-        e_hat = None if z_dead is None or dead is None else z_dead @ sae.W_dec[dead.ids]
+        x_hat = z @ w_dec
+        e_hat = None if z_dead is None or dead is None else z_dead @ w_dec[dead.ids]
     elif not cfg.matryoshka:
-        x_hat, e_hat = decode_from(z, pre.support, sae.W_dec, z_dead=z_dead, dead=dead)
+        x_hat, e_hat = decode_from(z, pre.support, w_dec, z_dead=z_dead, dead=dead)
     else:
         parts = pre.support.split((*cfg.matryoshka, cfg.d_sae))
-        summed, e_hat = decode_from(z.reshape(-1), parts, sae.W_dec, z_dead=z_dead, dead=dead)
-        nested = summed.view(pre.support.n_rows, -1, cfg.d_model).cumsum(1)
+        summed, e_hat = decode_from(z.reshape(-1), parts, w_dec, z_dead=z_dead, dead=dead)
+        nested = summed.view(pre.support.n_rows, -1, cfg.width_out).cumsum(1)
         prefixes, x_hat = nested[:, :-1] + sae.b_dec, nested[:, -1]
     empty = z.new_zeros(0) if e_hat is None else e_hat
     return StepOutput(x_hat=x_hat + sae.b_dec, e_hat=empty, prefixes=prefixes, **pre.codes(z))  # type: ignore[arg-type]
@@ -187,13 +223,30 @@ def inference_threshold(sae: Any) -> Tensor:
     return sae.threshold.detach()
 
 
+def unit_rows(xc: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows at unit norm, and their norms `[B, 1]`: the input rule of space `unit`."""
+    norm = torch.linalg.vector_norm(xc, dim=1, keepdim=True).clamp_min(1e-30)
+    return xc / norm, norm
+
+
 def encode(sae: Any, x: Tensor) -> Codes:
     """Codes of rows x `[B, d_model]`; differentiable in x, W_enc, b_enc, b_dec (and r_mag, b_mag) where one asks for it."""
+    if sae.cfg.space != "unit":
+        return _encode(sae, x, sae.centre)
+    # codes in units of x, so that decoding needs no norms
+    unit, norm = unit_rows(x - sae.centre)
+    codes = _encode(sae, unit, torch.zeros_like(sae.centre))
+    if codes.offsets is not None:
+        norm = norm.view(-1).repeat_interleave(codes.offsets.diff())
+    return codes._replace(values=codes.values * norm)
+
+
+def _encode(sae: Any, x: Tensor, centre: Tensor) -> Codes:
     cfg = sae.cfg
     tracked = torch.is_grad_enabled() and (x.requires_grad or sae.W_enc.requires_grad)
     offsets = None
     with torch.no_grad():
-        xc = x - sae.b_dec
+        xc = x - centre
         if cfg.fixed_k:
             u, indices = top_pre_activations(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed)
         else:
@@ -202,7 +255,7 @@ def encode(sae: Any, x: Tensor) -> Codes:
             u, indices, offsets = found
     if tracked:
         support = Support(indices, cfg.d_sae, offsets)
-        u, _ = encode_at(x, sae.W_enc, sae.b_enc, sae.b_dec, support, u, xc=xc)
+        u, _ = encode_at(x, sae.W_enc, sae.b_enc, centre, support, u, xc=xc)
     if cfg.activation == "gated":
         u = sae.r_mag.exp()[indices] * (u - sae.b_enc[indices]) + sae.b_mag[indices]
     values = u if cfg.signed else u.relu()

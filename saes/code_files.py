@@ -145,18 +145,29 @@ def _pages(ids: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(a.reshape(-1, BLOCK)) for name, a in padded.items()}
 
 
-def encoded_rows(folder: Path, shards: int) -> int | None:
+def encoded_rows(folder: Path, shards: Iterable[int]) -> int | None:
     """Rows that were encoded, from the records; None where an older version wrote one of them without it."""
-    counts = [read_json(record_file(folder, s)).get("encoded") for s in range(shards)]
+    counts = [read_json(record_file(folder, s)).get("encoded") for s in shards]
     return None if None in counts else sum(counts)
 
 
-def read_codes(folder: Path, shards: int) -> Iterator[CodeBlock]:
-    """All committed codes in row order, about a row group at a time; each is checked against its hash."""
-    for shard in range(shards):
+def stored_values(folder: Path, shards: Iterable[int]) -> int:
+    """Values that `read_codes` will give, zeros included."""
+    records = (read_json(record_file(folder, s)) for s in shards)
+    return sum(r["rows"] * r["k"] if r["k"] else r["nnz"] for r in records)
+
+
+def has_wide_values(folder: Path, shards: Iterable[int]) -> bool:
+    """Whether a shard holds activations that float16 does not."""
+    return any(read_json(record_file(folder, s))["values"] != "float16" for s in shards)
+
+
+def read_codes(folder: Path, shards: Iterable[int]) -> Iterator[CodeBlock]:
+    """The codes of committed shards, about a row group at a time; each is checked against its hash."""
+    for shard in shards:
         path = record_file(folder, shard)
         if not path.is_file():
-            raise MissingDataError(f"{folder} lacks shard {shard} of {shards}: run `atomscope index` again")
+            raise MissingDataError(f"{folder} lacks shard {shard}: run `atomscope index` again")
         record = read_json(path)
         reader = PageReader(data_file(folder, shard), record["groups"], record["bytes"])
         try:

@@ -281,7 +281,9 @@ def frontier(workspace: Path) -> pd.DataFrame:
             raise DataError(
                 f"{path} is damaged ({e}): delete it and run `atomscope evaluate` again"
             ) from None
-        rows += _evaluated(table, names)
+        if (table["subject"] == "untrained").any():  # `random` is what it was called before
+            table = table[table["subject"] != "random"]
+        rows += _evaluated(table.replace({"subject": {"random": "untrained"}}), names)
     columns = ["sae_id", "subject", *_NAMES, "store", "hook", *_MEASURES, "ci_low", "ci_high"]
     frame = pd.DataFrame(rows, columns=columns)
     for mark, measure in (("best_fvu", "fvu"), ("best_ce", "delta_ce")):
@@ -294,7 +296,7 @@ def frontier(workspace: Path) -> pd.DataFrame:
 def _evaluated(table: pd.DataFrame, names: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (sae_id, store, hook, subject), part in table.groupby(["sae_id", "store", "hook", "subject"]):
-        if subject == "model":
+        if subject == "model" or subject.startswith("atoms:"):
             continue
         values = part.drop_duplicates("metric").set_index("metric")
         row: dict[str, Any] = {"sae_id": sae_id, "subject": subject, "store": store, "hook": hook}

@@ -16,17 +16,20 @@ from cache.errors import UsageError
 from cache.filters import row_classes
 
 Activation = Literal["topk", "abs_topk", "batch_topk", "batch_abs_topk", "jumprelu", "relu", "gated"]
-Space = Literal["raw", "scalar"]
+Space = Literal["raw", "scalar", "aip", "unit"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 SPACES: tuple[str, ...] = get_args(Space)
 FIXED_K = ("topk", "abs_topk")
 BATCH_K = ("batch_topk", "batch_abs_topk")
+BIAS_RULES = ("gradient", "gba")
+GBA_ACTIVATIONS = ("jumprelu", "relu")
 # objective terms and the activations they are defined for
 TERMS: dict[str, tuple[str, ...]] = {
     "auxk": (*FIXED_K, *BATCH_K, "jumprelu", "relu"),
     "l1": ("relu", "gated"),
     "l0": ("jumprelu",),
     "matryoshka": (*FIXED_K, *BATCH_K),
+    "separability": (*FIXED_K, *BATCH_K, "jumprelu"),
 }
 
 
@@ -68,6 +71,9 @@ class SAEConfig(_Config):
     """jumprelu: weight of the L0 term, relative to the normalised squared error."""
     l0_target: float = 0.0
     """jumprelu: 0 penalises the mean L0 itself; above 0 the term is (L0 / l0_target - 1)^2."""
+    separability: float = 0.0
+    """Weight of the mean of relu(|cos(d_i, d_j)| - 1 / (2 K - 1))^2 over each atom and its nearest one, K the mean L0;
+    beside the normalised squared error. The nearest ones are looked up every dead_refresh_steps."""
     sparsity_warmup: float = 0.05
     """Share of the run over which l1 or l0 rises linearly from 0."""
     threshold_init: float = 0.05
@@ -77,14 +83,59 @@ class SAEConfig(_Config):
     """jumprelu: width of the rectangle that passes gradients to a threshold, in the same unit."""
     matryoshka: tuple[int, ...] = ()
     """Prefixes of the latents that must reconstruct alone, rising and below d_sae; empty: none. TopK families only."""
+    bias_rule: Literal["gradient", "gba"] = "gradient"
+    """gba: group bias adaptation (saes/gba.py) sets b by firing rates; weights are tied, W_dec = a W_enc with unit rows
+    of W_enc. jumprelu is its un-shifted form (the threshold is -b), relu the shifted one (b_enc is b)."""
+    gba_groups: int = 10
+    """gba: groups of latents, each with a target frequency; 1: plain bias adaptation at gba_htf."""
+    gba_htf: float = 0.1
+    """gba: highest target frequency, of the first group. The paper's 0.5 is for wide dictionaries: a top group of more
+    than d_model latents that fire on half the rows reconstructs densely and leaves the others nothing to learn."""
+    gba_ltf: float = 1e-3
+    """gba: lowest target frequency, of the last group; geometric in between."""
+    gba_sizes: Literal["equal", "inverse"] = "equal"
+    """gba: latents of a group: equal numbers, or inverse to its target, so that all groups have the same share of L0."""
+    gba_l0_budget: float = 0.0
+    """gba: above 0, gba_htf is chosen so that L0 is at most this once the rule has converged."""
+    gba_gamma_up: float = 0.01
+    """gba: how far a silent latent's bias rises in gba_every steps, in mean head-rooms of its group."""
+    gba_gamma_down: float = 0.01
+    """gba: share of its head-room that an over-active latent loses in gba_every steps."""
+    gba_every: int = 50
+    """gba: steps between two updates of the biases, at most; fewer in runs that are too short for it."""
+    gba_events: float = 10.0
+    """gba: a group waits for a window of at least this many rows over its target frequency."""
+    gba_folds: float = 20.0
+    """gba: over the run, head-room can fall by e to this power: runs too short for the gammas take larger ones; 0: never."""
+    gba_eps: float = 1e-6
+    """gba: a latent that fires less often than this in its window is silent."""
+    gba_freeze: float = 0.05
+    """gba: last share of the run in which biases stay, so that weights settle under the thresholds that are saved."""
     beta1: float | None = None
     """First Adam moment of this SAE; None: the run's."""
+    lr: float | None = None
+    """Peak learning rate of this SAE; None: the run's."""
     space: Space = "scalar"
-    """Space of training. scalar: rows times sqrt(d_model / E||x||^2), folded into the weights on save."""
+    """Space of training, folded into the weights on save. scalar: rows times sqrt(d_model) / E||x||; aip: rows whitened
+    by their second moment (saes/aip.py). unit: rows less their geometric median, each at unit norm, which cannot be folded:
+    it stays a rule of the saved SAE, z = |x - b_dec| act((x - b_dec) / |x - b_dec| W_enc^T + b_enc)."""
+    aip_ridge: float = 1e-6
+    """aip: ridge on the second moment, relative to its mean eigenvalue."""
+    aip_centred: bool = False
+    """aip: whiten by the covariance instead of the second moment."""
+    encoder_init: Literal["scaled", "tied"] = "scaled"
+    """First encoder: the decoder's rows times the factor that fits the first rows best, or the rows themselves."""
+    data: Literal["any", "fast"] = "any"
+    """Data path that training insists on. fast: dialogues that each ran alone through the model (corpus mode dialogue),
+    all their rows, template and position 0 included, mixed as activations (arXiv 2506.07691)."""
     d_model: int = 0
     """Width of the input."""
     hook: str = ""
     """Where the input lives, in TransformerLens names."""
+    out_hook: str = ""
+    """Transcoder: where the activations live that it predicts; empty: an SAE, which reconstructs its input."""
+    d_out: int = 0
+    """Width of the output of a transcoder; 0: an SAE."""
     model: str = ""
     """Name of the model."""
     model_sha: str = ""
@@ -102,16 +153,63 @@ class SAEConfig(_Config):
             raise UsageError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.space not in SPACES:
             raise UsageError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
-        for field in ("auxk", "l1", "l0", "l0_target", "threshold_init"):
+        for field in ("auxk", "l1", "l0", "l0_target", "separability", "threshold_init", "aip_ridge"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
+        if self.encoder_init not in ("scaled", "tied"):
+            raise UsageError(f"encoder_init must be scaled or tied, got {self.encoder_init!r}")
         if self.k_aux is not None and self.k_aux < 1:
             raise UsageError(f"k_aux must be at least 1, got {self.k_aux}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.sparsity_warmup <= 1:
             raise UsageError(f"sparsity_warmup is a share of the run, got {self.sparsity_warmup}")
         if self.bandwidth <= 0:
             raise UsageError(f"bandwidth must be above 0 or no threshold moves, got {self.bandwidth}")
+        if self.data not in ("any", "fast"):
+            raise UsageError(f"data is any or fast, got {self.data!r}")
+        if self.out_hook and self.out_hook == self.hook:
+            raise UsageError(f"out_hook is the input's own hook {self.hook}: leave it out to train an SAE")
+        if (self.out_hook or self.d_out) and self.space not in ("raw", "scalar"):
+            raise UsageError(f"space {self.space} is for SAEs: train a transcoder in raw or scalar space")
+        self._check_gba()
         self._check_combination()
+
+    def _check_gba(self) -> None:
+        if self.bias_rule not in BIAS_RULES:
+            raise UsageError(f"bias_rule {self.bias_rule!r} is not one of {', '.join(BIAS_RULES)}")
+        if self.gba_sizes not in ("equal", "inverse"):
+            raise UsageError(f"gba_sizes is equal or inverse, got {self.gba_sizes!r}")
+        for field in ("gba_gamma_up", "gba_gamma_down", "gba_freeze"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UsageError(f"{field} is a share of 1, got {getattr(self, field)}")
+        for field in ("gba_groups", "gba_every"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("gba_events", "gba_folds", "gba_eps", "gba_l0_budget"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
+        if not 0 < self.gba_ltf <= self.gba_htf < 1:
+            raise UsageError(
+                f"target frequencies fall from gba_htf to gba_ltf between 1 and 0, got {self.gba_htf} and {self.gba_ltf}"
+            )
+        if self.bias_rule == "gradient":
+            return
+        if self.activation not in GBA_ACTIVATIONS:
+            raise UsageError(
+                f"bias_rule gba is for {' and '.join(GBA_ACTIVATIONS)}, not for {self.activation}"
+            )
+        terms = [t for t in TERMS if getattr(self, t)]
+        if terms:
+            raise UsageError(f"bias_rule gba has no sparsity or auxiliary term: leave out {', '.join(terms)}")
+        if self.out_hook or self.d_out:
+            raise UsageError(
+                "bias_rule gba ties decoder and encoder, a transcoder cannot: leave out_hook out"
+            )
+        if self.gba_groups > self.d_sae:
+            raise UsageError(
+                f"gba_groups={self.gba_groups} is more than the {self.d_sae} latents: take fewer groups"
+            )
 
     def _check_combination(self) -> None:
         """Refuse what the table of docs/architecture.md does not list."""
@@ -124,6 +222,10 @@ class SAEConfig(_Config):
                 raise UsageError(f"{term} is for {', '.join(kinds)}, not for {self.activation}: leave it out")
         if self.l0_target and not self.l0:
             raise UsageError("l0_target needs l0, the weight of its term")
+        if self.space in ("aip", "unit") and (self.out_hook or self.d_out):
+            raise UsageError(
+                f"space {self.space} is for rows that are reconstructed: no out_hook, or use scalar"
+            )
         rising = all(a < b for a, b in zip((0, *self.matryoshka), (*self.matryoshka, self.d_sae)))
         if not rising:
             raise UsageError(
@@ -133,7 +235,7 @@ class SAEConfig(_Config):
     def check_trainable(self) -> None:
         """Refuse a config that is a fine SAE to load but leaves the training without a sparsity term."""
         need = {"relu": "l1", "gated": "l1", "jumprelu": "l0"}.get(self.activation)
-        if need and not getattr(self, need):
+        if need and not getattr(self, need) and self.bias_rule == "gradient":
             raise UsageError(f"{self.activation} needs {need} above 0 to become sparse: see presets")
 
     @property
@@ -152,6 +254,16 @@ class SAEConfig(_Config):
         return self.activation in (*BATCH_K, "jumprelu")
 
     @property
+    def transcoder(self) -> bool:
+        """Whether it predicts other activations than its input: b_dec belongs to the output alone."""
+        return self.d_out > 0
+
+    @property
+    def width_out(self) -> int:
+        """Width of what is reconstructed or predicted."""
+        return self.d_out or self.d_model
+
+    @property
     def signed(self) -> bool:
         """Whether activations can be negative."""
         return self.activation in ("abs_topk", "batch_abs_topk")
@@ -161,11 +273,14 @@ class SAEConfig(_Config):
         """`name`, or a name made from the architecture."""
         nested = "matryoshka-" if self.matryoshka else ""
         k = f"-k{self.k}" if self.has_k else ""
-        return self.name or f"{nested}{self.activation.replace('_', '-')}-{self.d_sae}{k}"
+        rule = "gba-" if self.bias_rule == "gba" else ""
+        kind = "-transcoder" if self.transcoder or self.out_hook else ""
+        nested = f"fast-{nested}" if self.data == "fast" else nested
+        return self.name or f"{nested}{rule}{self.activation.replace('_', '-')}{kind}-{self.d_sae}{k}"
 
     def aux_width(self) -> int:
-        """Dead latents that AuxK may use on a row: `k_aux`, or the power of two nearest d_model / 2."""
-        return self.k_aux or 2 ** max(0, round(math.log2(max(self.d_model / 2, 1.0))))
+        """Dead latents that AuxK may use on a row: `k_aux`, or the power of two nearest half the width of the output."""
+        return self.k_aux or 2 ** max(0, round(math.log2(max(self.width_out / 2, 1.0))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,16 +332,19 @@ class TrainConfig(_Config):
         if self.screen not in ("auto", "on", "off"):
             raise UsageError(f"screen must be auto, on or off, got {self.screen!r}")
 
-    def peak_lr(self, d_sae: int) -> float:
+    def peak_lr(self, d_sae: int, own: float | None = None) -> float:
+        """Of an SAE of `d_sae` latents: its own (`SAEConfig.lr`), the run's, or by the rule."""
+        if own is not None:
+            return own
         return self.lr if self.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5
 
-    def lr_at(self, step: int, d_sae: int) -> float:
+    def lr_at(self, step: int, d_sae: int, own: float | None = None) -> float:
         """Learning rate of step `step` (0-based): linear warm-up, plateau, linear decay."""
         warm = max(1, min(self.warmup_steps, self.steps // 10))
         decay = max(1, round(self.steps * self.decay_fraction))
         rise = min(1.0, (step + 1) / warm)
         fall = min(1.0, (self.steps - step) / decay)
-        return self.peak_lr(d_sae) * min(rise, fall)
+        return self.peak_lr(d_sae, own) * min(rise, fall)
 
     def dead_window(self) -> int:
         return self.dead_window_tokens or max(1, min(10_000_000, self.steps * self.batch_size // 20))

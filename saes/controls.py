@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from saes.codes import Codes
 from saes.config import SAEConfig
-from saes.initialise import initialise
-from saes.sae import SAE
+from saes.initialise import geometric_median, initialise, linear_map
+from saes.sae import SAE, fold_transcoder
 
 CONTROL_ROWS = 200_000
 LEVEL_ROWS = 16_384
@@ -45,6 +46,49 @@ def fit_pca(store: Any, hook: str, k: int, *, batch_size: int = 8192) -> PCA:
     return PCA(mean.float(), vectors[:, -k:].T.flip(0).float().contiguous())
 
 
+def paired_rows(
+    store: Any, hook: str, target: str, *, batch_size: int, split: str | None, skip: str | None = "first"
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(x, y, row ids) in row order: rows of `hook` and of `target` of the same tokens, which may be the same hook."""
+    options: dict[str, Any] = {"batch_size": batch_size, "split": split, "skip": skip}
+    first = store.sequential(hook, **options)
+    second = store.sequential(target, **options) if target != hook else None
+    for batch in first:
+        y = batch.x[hook] if second is None else next(second).x[target]
+        yield batch.x[hook], y, batch.row
+
+
+class Linear:
+    """x -> y through k numbers: `(x - mean_x) @ down @ up + mean_y`."""
+
+    def __init__(self, mean_x: Tensor, mean_y: Tensor, down: Tensor, up: Tensor) -> None:
+        self.mean_x, self.mean_y, self.down, self.up = mean_x, mean_y, down, up
+        self.name = f"linear-{down.shape[1]}"
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Codes | None]:
+        xc = x.to(self.mean_x.device) - self.mean_x
+        return (xc @ self.down @ self.up + self.mean_y).to(x.device), None
+
+
+def fit_reduced_rank(store: Any, hook: str, target: str, k: int, *, batch_size: int = 8192) -> Linear:
+    """Reduced-rank regression of y on x from up to CONTROL_ROWS train rows: least squares, then the k directions in
+    which its predictions vary most (Izenman 1975), in float64."""
+    xs, ys, n = [], [], 0
+    for x, y, _ in paired_rows(store, hook, target, batch_size=batch_size, split="train"):
+        xs.append(x)
+        ys.append(y)
+        n += len(x)
+        if n >= CONTROL_ROWS:
+            break
+    x, y = torch.cat(xs).double(), torch.cat(ys).double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    whole = linear_map(x.float(), y.float(), ridge=1e-6).double()
+    fitted = (x - mean_x) @ whole
+    _, vectors = torch.linalg.eigh(fitted.T @ fitted)
+    best = vectors[:, -k:]
+    return Linear(mean_x.float(), mean_y.float(), (whole @ best).float(), best.T.float().contiguous())
+
+
 class Dictionary:
     """An SAE as a reconstruction: x -> (x_hat, codes)."""
 
@@ -74,9 +118,16 @@ def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int =
     cfg = sae.cfg
     untrained = SAE(SAEConfig(
         d_sae=cfg.d_sae, k=k, activation="abs_topk" if cfg.signed else "topk", space="raw", d_model=cfg.d_model,
-        hook=cfg.hook, model=cfg.model, model_sha=cfg.model_sha, name="untrained",
+        hook=cfg.hook, model=cfg.model, model_sha=cfg.model_sha, name="untrained", out_hook=cfg.out_hook, d_out=cfg.d_out,
     )).to(sae.W_enc.device)  # fmt: skip
-    for batch in store.sequential(hook, batch_size=8192, split="train", skip="first"):
-        initialise(untrained, batch.x[hook].to(sae.W_enc.device), seed=seed)
+    target = cfg.out_hook if cfg.transcoder else hook
+    for x, y, _ in paired_rows(store, hook, target, batch_size=8192, split="train"):
+        x, y = x.to(sae.W_enc.device), y.to(sae.W_enc.device)
+        if not cfg.transcoder:
+            initialise(untrained, x, seed=seed)
+        else:
+            centre = geometric_median(x)
+            initialise(untrained, x - centre, seed=seed, target=y)
+            fold_transcoder(untrained, 1.0, 1.0, centre)
         break
     return Dictionary(untrained.requires_grad_(False), "untrained")

@@ -1,11 +1,14 @@
-"""`evaluate`: what an SAE keeps of the activations, and of the model's predictions, beside two controls.
+"""`evaluate`: what an SAE keeps of the activations, and of the model's predictions, beside three controls.
 
 Reconstruction (saes/metrics.py) is measured on held-out rows, firing on all rows, weights (saes/weights.py) on the
 tensors. For predictions (saes/predictions.py) the hook's output is replaced by the reconstruction, no error term:
 delta_ce in nats is the headline, and recovered shares, KL and the relative loss stand beside it.
 
-Controls: `pca-k`, the best linear code of as many numbers as the SAE has active latents, and `untrained`, a TopK
-dictionary of the same shape and L0 with random unit atoms, as it is before training.
+For a transcoder the rows are those of its out_hook, predicted from its input, and so is what is replaced.
+
+Controls: `pca-k`, the best linear code of as many numbers as the SAE has active latents; `untrained`, a TopK dictionary
+of the same shape and L0 with random unit atoms; and `initial`, the SAE's own architecture before its first step. For a
+transcoder `linear-k`, the best linear map through k numbers (reduced-rank regression), stands in place of PCA.
 """
 
 from __future__ import annotations
@@ -23,10 +26,19 @@ import torch
 
 from cache.errors import DataError, MissingDataError
 from cache.workspace import atomic_file
-from saes.controls import Dictionary, fit_pca, matched_k, untrained_dictionary
+from saes.controls import (
+    Dictionary,
+    fit_pca,
+    fit_reduced_rank,
+    matched_k,
+    paired_rows,
+    untrained_dictionary,
+)
+from saes.initial import initial_sae
 from saes.metrics import SINK_RATIO, Firing, Reconstruction
 from saes.predictions import prediction_rows
 from saes.sae import SAE
+from saes.token_classes import token_class_rows
 from saes.weights import weight_values
 
 BATCH_ROWS = 4096
@@ -34,7 +46,7 @@ BATCH_ROWS = 4096
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row per subject (sae, pca-k, untrained) and metric: value, 95 % interval where there is one, and n (tokens)."""
+    """One row per subject (sae, pca-k, untrained, initial) and metric: value, 95 % interval where there is one, and n (tokens)."""
 
     rows: list[dict[str, Any]]
     path: Path | None
@@ -49,7 +61,7 @@ class Evaluation:
 
     def table(self) -> pd.DataFrame:
         """Metrics down, subjects across."""
-        frame = pd.DataFrame([r for r in self.rows if r["metric"] != "density_count"])
+        frame = pd.DataFrame([r for r in self.rows if not r["metric"].endswith("_count")])
         return frame.pivot(index="metric", columns="subject", values="value")
 
 
@@ -61,23 +73,34 @@ def evaluate(
     max_tokens: int = 5000,
     max_rows: int = 500_000,
     controls: bool = True,
+    token_classes: bool = False,
 ) -> Evaluation:
     """Evaluate a folded SAE on `store` and, with `model`, on the model's predictions of at most `max_tokens` tokens.
 
+    `token_classes` adds errors and L0 on template tokens, position 0 and content apart (saes/token_classes.py).
     Writes evaluations/<sae_id>@<store>.parquet in the store's workspace. Raises DataError where the SAE does not
     fit the store, and MissingDataError where the store has no held-out rows.
     """
-    hook = check_fit(sae, store)
+    hook, out = check_fit(sae, store), target_hook(sae)
     if model is not None:
         store.check_model(model)
     subjects: list[Any] = [Dictionary(sae, "sae")]
     if controls:
         k = matched_k(sae, store, hook)
-        subjects += [fit_pca(store, hook, min(k, sae.cfg.d_model)), untrained_dictionary(sae, store, hook, k)]
-    rows = _reconstruction(subjects, store, hook, max_rows) + _firing(sae, store, hook, max_rows)
+        rank = min(k, sae.cfg.d_model, sae.cfg.width_out)
+        linear = fit_reduced_rank(store, hook, out, rank) if out else fit_pca(store, hook, rank)
+        subjects += [linear, untrained_dictionary(sae, store, hook, k), initial_sae(sae, store, hook)]
+    rows = _reconstruction(subjects, store, hook, out or hook, max_rows) + _firing(sae, store, hook, max_rows)
+    if token_classes:
+        rows += token_class_rows(subjects, store, hook, out, max_rows=max_rows)
     rows += [{"subject": "sae", "metric": m, "value": v, "n": n} for m, v, n in weight_values(sae)]
     if model is not None:
-        rows += prediction_rows(subjects, store, model, hook, max_tokens)
+        rows += prediction_rows(subjects, store, model, hook, max_tokens, out_hook=out)
+    return save_evaluation(sae, store, hook, rows)
+
+
+def save_evaluation(sae: SAE, store: Any, hook: str, rows: list[dict[str, Any]]) -> Evaluation:
+    """Add rows (subject, metric, value, n and, where there are any, ci_low, ci_high, lo, hi) to those of earlier calls."""
     sae_id, created = sae.sae_id, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     base = {"sae_id": sae_id, "store": store.path.name, "hook": hook, "created": created}
     columns = {"lo": None, "hi": None, "ci_low": None, "ci_high": None}
@@ -99,11 +122,20 @@ def evaluation_path(sae_id: str, store: Any) -> Path:
 def load_evaluation(sae: SAE, store: Any) -> Evaluation | None:
     """The evaluation of this SAE on this store that an earlier call wrote, or None."""
     path = evaluation_path(sae.sae_id, store)
-    return Evaluation(pq.read_table(path).to_pylist(), path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    rows = pq.read_table(path).to_pylist()
+    # `random` is what `untrained` was called before; a file that was written twice may hold both
+    new = {r["metric"] for r in rows if r["subject"] == "untrained"}
+    rows = [r for r in rows if r["subject"] != "random" or r["metric"] not in new]
+    return Evaluation([r | {"subject": "untrained"} if r["subject"] == "random" else r for r in rows], path)
 
 
-def check_fit(sae: SAE, store: Any) -> str:
-    """The hook of `store` that this SAE reads. Raises DataError where widths or hooks differ."""
+def check_fit(sae: SAE, store: Any, *, complete: bool = True) -> str:
+    """The hook of `store` that this SAE reads. Raises DataError where widths or hooks differ.
+
+    complete: whether all its shards must be there (MissingDataError).
+    """
     hook = sae.cfg.hook or (store.hooks[0] if len(store.hooks) == 1 else "")
     if hook not in store.hooks:
         raise DataError(
@@ -114,28 +146,46 @@ def check_fit(sae: SAE, store: Any) -> str:
             f"the SAE has d_model={sae.cfg.d_model}, the store's {hook} has d_model={store.d(hook)}: "
             "they come from different models"
         )
+    out = target_hook(sae)
+    if out and (out not in store.hooks or store.d(out) != sae.cfg.d_out):
+        raise DataError(
+            f"the transcoder predicts {out} of width {sae.cfg.d_out}, the store holds {', '.join(store.hooks)}: "
+            "harvest that hook into the same store"
+        )
+    if sae.cfg.transcoder and not out:
+        raise DataError(
+            "the transcoder does not say which hook it predicts: name it as hook_name_out in the metadata of cfg.json"
+        )
     want, got = store.identity.get("weights_sha256"), sae.cfg.model_sha
     if want and got and want != got:
         raise DataError(
             f"the SAE was trained on other weights ({got[:12]}) than those that filled the store ({want[:12]}, "
             f"{store.identity.get('model')}): evaluate it on a store of its own model"
         )
-    store.require_complete(hook)
+    for place in [p for p in (hook, out) if p and complete]:
+        store.require_complete(place)
     return hook
 
 
-def _reconstruction(subjects: list[Any], store: Any, hook: str, max_rows: int) -> list[dict[str, Any]]:
-    stats = store.stats(hook, split="train", skip="first")
+def target_hook(sae: SAE) -> str:
+    """The hook that a transcoder predicts, "" for an SAE."""
+    return sae.cfg.out_hook if sae.cfg.transcoder else ""
+
+
+def _reconstruction(
+    subjects: list[Any], store: Any, hook: str, target: str, max_rows: int
+) -> list[dict[str, Any]]:
+    stats = store.stats(target, split="train", skip="first")
     mean, seq = torch.as_tensor(stats.mean), store.corpus.column("seq")
-    sums = [Reconstruction(store.d(hook), mean) for _ in subjects]
-    usual = [Reconstruction(store.d(hook), mean) for _ in subjects]
-    for batch in store.sequential(hook, batch_size=BATCH_ROWS, split="heldout", skip="first"):
-        x, context = batch.x[hook], seq[np.asarray(batch.row)]
-        keep = x.norm(dim=1) <= SINK_RATIO * stats.mean_norm
+    sums = [Reconstruction(store.d(target), mean) for _ in subjects]
+    usual = [Reconstruction(store.d(target), mean) for _ in subjects]
+    for x, y, row in paired_rows(store, hook, target, batch_size=BATCH_ROWS, split="heldout"):
+        context = seq[np.asarray(row)]
+        keep = y.norm(dim=1) <= SINK_RATIO * stats.mean_norm
         for subject, s, u in zip(subjects, sums, usual, strict=True):
-            x_hat, codes = subject(x)
-            s.add(x, x_hat, codes, context)
-            u.add(x[keep], x_hat[keep], None, context[keep.cpu().numpy()])
+            y_hat, codes = subject(x)
+            s.add(y, y_hat, codes, context)
+            u.add(y[keep], y_hat[keep], None, context[keep.cpu().numpy()])
         if sums[0].n >= max_rows:
             break
     if sums[0].n == 0:

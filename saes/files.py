@@ -4,9 +4,14 @@
     batch_abs_topk -> jumprelu of width 2 d_sae over [W; -W], decoder [D; -D]: u > theta is the positive pole of a
                       signed latent, -u > theta its negative one (SAELens has no signed threshold; this is exact)
 
+A transcoder's architecture is `transcoder` (relu), `jumprelu_transcoder` (jumprelu, batch_*), which sae-lens has, or
+`topk_`, `abstopk_`, `gated_transcoder` in the same layout, which it has not; W_dec `[d_sae, d_out]`, b_dec `[d_out]`.
+
 sae-lens 6 loads what is written here, and its own folders of these architectures load here. What only atomscope knows
 (hook, model, sae_id, the kind of training and its k) stands under `metadata`, where SAELens keeps such things: from
-it, batch_* come back as themselves and the two poles as one latent. Nothing is ever unpickled.
+it, batch_* come back as themselves and the two poles as one latent. Space `unit` normalises each row at run time, a
+rule that sae-lens does not have (its own leave b_dec in the row): normalize_activations names it, and sae-lens refuses
+the folder. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from torch import Tensor
 from cache.errors import DataError, MissingDataError
 from cache.workspace import atomic_file, read_json, write_json
 from saes.config import SAEConfig
+from saes.foreign.found import Card
+from saes.foreign.saelens import UNIT, apply_conventions, conventions_of, upgraded
 from saes.sae import SAE
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -29,6 +36,9 @@ ARCHITECTURE = {
     "topk": "topk", "abs_topk": "abstopk", "batch_topk": "jumprelu", "batch_abs_topk": "jumprelu",
     "jumprelu": "jumprelu", "relu": "standard", "gated": "gated",
 }  # fmt: skip
+# architecture of an SAE -> of a transcoder
+_TRANSCODER = {a: f"{a}_transcoder" for a in ("topk", "abstopk", "jumprelu", "gated")} | {"standard": "transcoder"}
+_SAE_OF = {transcoder: a for a, transcoder in _TRANSCODER.items()}
 # what an architecture is without our metadata
 _ACTIVATION = {
     "topk": "topk",
@@ -51,11 +61,6 @@ _KNOWN = {
     "reshape_activations", "metadata",
 }  # fmt: skip
 _KNOWN_TOPK = {"k", "rescale_acts_by_decoder_norm"}
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "apply_b_dec_to_input": (True,),
-    "normalize_activations": ("none",),
-    "reshape_activations": ("none",),
-}
 S = TypeVar("S", bound=SAE)
 
 
@@ -73,23 +78,28 @@ def save_sae(sae: SAE, path: Path) -> Path:
     out |= {theirs: tensors[ours] for theirs, ours in _LATENT[ARCHITECTURE[cfg.activation]].items()}
     with atomic_file(path / WEIGHTS) as tmp:
         save_file({n: t.contiguous() for n, t in out.items()}, tmp)
-    write_json(path / CFG, to_saelens(cfg, sae.sae_id))
+    written = to_saelens(cfg, sae.sae_id)
+    written["metadata"] |= sae.conventions.to_metadata()
+    write_json(path / CFG, written)
     return path
 
 
 def to_saelens(cfg: SAEConfig, sae_id: str) -> dict[str, Any]:
     """SAELens's config dictionary of a folded SAE."""
     two_poles = cfg.activation == "batch_abs_topk"
+    architecture = ARCHITECTURE[cfg.activation]
     out: dict[str, Any] = {
-        "architecture": ARCHITECTURE[cfg.activation],
+        "architecture": _TRANSCODER[architecture] if cfg.transcoder else architecture,
         "d_in": cfg.d_model,
         "d_sae": cfg.d_sae * 2 if two_poles else cfg.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": not cfg.transcoder,
+        "normalize_activations": UNIT if cfg.space == "unit" else "none",
         "reshape_activations": "none",
     }
+    if cfg.transcoder:
+        out["d_out"] = cfg.d_out
     if cfg.fixed_k:
         out |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     metadata = {
@@ -98,10 +108,10 @@ def to_saelens(cfg: SAEConfig, sae_id: str) -> dict[str, Any]:
         "model_sha256": cfg.model_sha,
         "sae_id": sae_id,
         "name": cfg.label,
-        "prepend_bos": False,
-        "exclude_first_position": True,
         "made_by": "atomscope",
     }
+    if cfg.transcoder:
+        metadata["hook_name_out"] = cfg.out_hook
     if cfg.has_k and not cfg.fixed_k:
         metadata |= {"activation": cfg.activation, "k": cfg.k}
     if two_poles:
@@ -109,31 +119,36 @@ def to_saelens(cfg: SAEConfig, sae_id: str) -> dict[str, Any]:
     return out | {"metadata": metadata}
 
 
-def load_sae(cls: type[S], path: Path, *, device: str | torch.device = "cpu") -> S:
+def load_sae(
+    cls: type[S], path: Path, *, device: str | torch.device = "cpu", card: Card | None = None
+) -> S:
     """Read a folder that `save_sae` or sae-lens wrote. Raises MissingDataError or DataError, each with the reason."""
+    card = card or Card()
     if not (path / CFG).is_file():
         raise MissingDataError(f"no SAE at {path}: the folder has no {CFG} (give the folder that holds it)")
-    raw = read_json(path / CFG)
+    raw = upgraded(read_json(path / CFG), card, path / CFG)
     _refuse_unknown(raw, path)
-    meta = raw.get("metadata") or {}
+    meta = raw["metadata"]
     activation, k = _kind(raw, meta, path)
     tensors = _read_tensors(path / WEIGHTS, raw)
+    apply_conventions(tensors, raw, card, path / CFG)
     if activation == "batch_abs_topk":
         tensors = _one_latent_a_pair(tensors, path)
     cfg = SAEConfig(
         d_sae=len(tensors["W_enc"]),
         k=k,
         activation=activation,  # type: ignore[arg-type]
-        space="raw",
+        space="unit" if raw.get("normalize_activations") == UNIT else "raw",
         d_model=raw["d_in"],
         hook=meta.get("hook_name") or "",
+        out_hook=(meta.get("hook_name_out") or "") if "d_out" in raw else "",
+        d_out=raw.get("d_out", 0),
         model=meta.get("model_name") or "",
         model_sha=meta.get("model_sha256") or "",
         name=meta.get("name") or "",
     )
     sae = cls(cfg)
-    if raw.get("rescale_acts_by_decoder_norm", False):
-        _refuse_unless_unit(tensors["W_dec"], path)
+    sae.conventions = conventions_of(meta, card)
     with torch.no_grad():
         for name, tensor in tensors.items():
             getattr(sae, name).copy_(tensor)
@@ -145,28 +160,35 @@ def load_sae(cls: type[S], path: Path, *, device: str | torch.device = "cpu") ->
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
     architecture = raw.get("architecture")
-    if architecture not in _ACTIVATION:
+    readable = (*_ACTIVATION, *_SAE_OF)
+    if architecture not in readable:
         raise DataError(
-            f"{path / CFG} has architecture {architecture!r}: this version reads {', '.join(sorted(_ACTIVATION))}"
+            f"{path / CFG} has architecture {architecture!r}: this version reads {', '.join(sorted(readable))}"
         )
-    known = _KNOWN | (_KNOWN_TOPK if architecture in ("topk", "abstopk") else set())
+    transcoder = architecture in _SAE_OF
+    if transcoder and not (isinstance(raw.get("d_out"), int) and raw["d_out"] > 0):
+        raise DataError(f"{path / CFG} is a {architecture} without d_out, the width of its output")
+    known = _KNOWN | (_KNOWN_TOPK if _plain(raw) in ("topk", "abstopk") else set())
+    known |= {"d_out"} if transcoder else set()
     unknown = sorted(set(raw) - known)
     if unknown:
         raise DataError(
             f"{path / CFG} has unknown keys {', '.join(unknown)}: refused, they may change what the SAE computes"
         )
-    for key, allowed in _REQUIRED_VALUES.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise DataError(f"{path / CFG} has {key}={raw[key]!r}: this version reads only {allowed[0]!r}")
+
+
+def _plain(raw: dict[str, Any]) -> str:
+    """The architecture, as it is called where the target is the input."""
+    return _SAE_OF.get(raw["architecture"], raw["architecture"])
 
 
 def _kind(raw: dict[str, Any], meta: dict[str, Any], path: Path) -> tuple[str, int]:
     """Activation and k: of the architecture, or what atomscope's metadata says it was trained as."""
-    activation = _ACTIVATION[raw["architecture"]]
+    activation = _ACTIVATION[_plain(raw)]
     ours = meta.get("activation") if meta.get("made_by") == "atomscope" else None
     if ours is None:
         return activation, raw.get("k", 0)
-    if ARCHITECTURE.get(ours) != raw["architecture"] or not isinstance(meta.get("k"), int):
+    if ARCHITECTURE.get(ours) != _plain(raw) or not isinstance(meta.get("k"), int):
         raise DataError(
             f"{path / CFG}: its metadata names activation {ours!r} with k={meta.get('k')!r}, its architecture is "
             f"{raw['architecture']}: the file was changed by hand, save the SAE again"
@@ -197,12 +219,16 @@ def _one_latent_a_pair(tensors: dict[str, Tensor], path: Path) -> dict[str, Tens
 def _read_tensors(path: Path, raw: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors by their names in memory, W_enc `[d_sae, d_in]`; checked for names, shapes and finite values."""
     d_in, d_sae = raw["d_in"], raw["d_sae"]
-    latent = _LATENT[raw["architecture"]]
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    d_out = raw.get("d_out", d_in)
+    latent = _LATENT[_plain(raw)]
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= dict.fromkeys(latent, (d_sae,))
     try:
         with safe_open(path, framework="pt") as f:
             names = set(f.keys())
+            # sae-lens before version 6 wrote factors of 1
+            if "scaling_factor" in names and bool((f.get_tensor("scaling_factor") == 1).all()):
+                names.discard("scaling_factor")
             if names != set(shapes):
                 raise DataError(f"{path} holds {sorted(names)}, expected {sorted(shapes)}")
             tensors = {n: f.get_tensor(n).float() for n in shapes}
@@ -219,13 +245,3 @@ def _read_tensors(path: Path, raw: dict[str, Any]) -> dict[str, Tensor]:
             raise DataError(f"{path}: {name} holds NaN or infinite values")
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     return {latent.get(n, n): t for n, t in tensors.items()}
-
-
-def _refuse_unless_unit(w_dec: Tensor, path: Path) -> None:
-    """Selection by u * ||d|| equals selection by u only for unit decoder rows."""
-    off = (w_dec.norm(dim=1) - 1).abs().max().item()
-    if off > 1e-3:
-        raise DataError(
-            f"{path} selects latents by decoder norm (rescale_acts_by_decoder_norm) and its rows are not unit "
-            f"(off by {off:.2g}): fold the norms with sae-lens's fold_W_dec_norm before loading"
-        )

@@ -1,12 +1,14 @@
-"""The DuckDB file of a feature index, opened so that a query can read the workspace and nothing else."""
+"""The DuckDB file of a feature index, opened so that a query can read the workspace and nothing else; and old ones."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import duckdb
 
-from cache.errors import DataError, MissingDataError
+from cache.errors import AtomscopeError, DataError, MissingDataError
+from cache.workspace import read_json
 
 
 def connect_index(file: Path, workspace: Path) -> duckdb.DuckDBPyConnection:
@@ -15,6 +17,8 @@ def connect_index(file: Path, workspace: Path) -> duckdb.DuckDBPyConnection:
         raise MissingDataError(f"{file} is gone: run `atomscope index` again")
     con = duckdb.connect()
     try:
+        # questions are answered from a few row groups: a second thread adds more waiting than it saves
+        con.execute("SET threads = 1")
         con.execute(f"ATTACH '{str(file).replace(chr(39), chr(39) * 2)}' AS idx (READ_ONLY)")
     except duckdb.Error as e:
         raise DataError(
@@ -24,3 +28,24 @@ def connect_index(file: Path, workspace: Path) -> duckdb.DuckDBPyConnection:
     con.execute("SET enable_external_access = false")
     con.execute("SET lock_configuration = true")
     return con
+
+
+def superseded_files(workspace: Path, *, older_than: float) -> list[Path]:
+    """Databases and proxy tables of indexes that no record names, last written `older_than` seconds ago or earlier.
+
+    Who has one open goes on reading it. Folders whose records cannot be read are left alone.
+    """
+    found = []
+    for record, pattern in (("current.json", "features-*.duckdb"), ("proxies.json", "proxies-*.parquet")):
+        for folder in sorted(p for p in workspace.glob("features/*") if p.is_dir()):
+            path = folder / record
+            try:
+                named = read_json(path)["file"] if path.is_file() else None
+            except (AtomscopeError, KeyError, TypeError):
+                continue
+            found += [
+                file
+                for file in sorted(folder.glob(pattern))
+                if file.name != named and time.time() - file.stat().st_mtime >= older_than
+            ]
+    return found

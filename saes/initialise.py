@@ -1,4 +1,8 @@
-"""Initial weights (Gao et al. 2024): tied random unit directions, b_dec at the geometric median, one encoder scale."""
+"""Initial weights (Gao et al. 2024): tied random unit directions, b_dec at the geometric median, one encoder scale.
+
+A transcoder has no tied start: decoder row i is the direction in which the least-squares map M from input to target
+sends encoder row i, d_i = w_i M / ||w_i M||. With the input as target M is the identity, and that is the tied start.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +32,40 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
     return m.float()
 
 
+def linear_map(x: Tensor, y: Tensor, *, ridge: float = 1e-3) -> Tensor:
+    """M `[d_in, d_out]` with the least sum ||y - x M||^2 on centred rows, plus ridge times the mean eigenvalue (float64)."""
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-300)
+    return torch.linalg.solve(gram, x.T @ y).float()
+
+
 @torch.no_grad()
-def initialise(sae: SAE, x: Tensor, *, seed: int) -> None:
-    """Fill the SAE's tensors in place from a sample x `[N, d_model]` in the space of training."""
+def initialise(sae: SAE, x: Tensor, *, seed: int, target: Tensor | None = None) -> None:
+    """Fill the SAE's tensors in place from a sample x `[N, d_model]` in the space of training.
+
+    target: of a transcoder, what the rows should give, `[N, d_out]`; x is centred already.
+    """
     gen = torch.Generator().manual_seed(seed)
     directions = torch.randn(sae.cfg.d_sae, sae.cfg.d_model, generator=gen)
     directions /= directions.norm(dim=1, keepdim=True)
-    sae.W_dec.copy_(directions)
+    if target is None:
+        target = x
+        sae.W_dec.copy_(directions)
+    else:
+        sent = directions.to(x.device) @ linear_map(x, target)
+        sae.W_dec.copy_(sent / sent.norm(dim=1, keepdim=True).clamp_min(1e-12))
     sae.b_enc.zero_()
-    sae.b_dec.copy_(geometric_median(x[:MEDIAN_ROWS]))
+    sae.b_dec.copy_(geometric_median(target[:MEDIAN_ROWS]))
     sae.W_enc.copy_(directions)
+    if sae.cfg.encoder_init == "tied":
+        return
     # one factor on the encoder, so that the first reconstruction has the best scale in least squares
-    xc = x[:1024] - sae.b_dec
+    xc, wanted = x[:1024] - sae.centre, target[:1024] - sae.b_dec
     guess = _first_reconstruction(sae, xc)
     size = (guess**2).sum()
     if size > 0:
-        sae.W_enc.mul_(((guess * xc).sum() / size).clamp_min(1e-3))
+        sae.W_enc.mul_(((guess * wanted).sum() / size).clamp_min(1e-3))
 
 
 def _first_reconstruction(sae: SAE, xc: Tensor) -> Tensor:

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 64 * 2**20
-"""Pre-activations are made in blocks of rows of about this size: they stay in cache for the selection."""
+from saes.gradients import GradientBuffers, SlicedSums
+from saes.row_topk import keep_largest, largest
+
+CHUNK_BYTES = 128 * 2**20
+"""Pre-activations are made in blocks of rows of this size; each block packs the weights again."""
 
 
 class Scratch:
@@ -39,8 +42,28 @@ class Scratch:
         return old[:size].view(shape)
 
 
+class Also:
+    """Latents (ids int64 `[n]`) whose pre-activations `[B, n]` a selection keeps where it has them anyway."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self.values: Tensor | None = None
+
+    def keep(self, u: Tensor, first: int, rows: int) -> None:
+        if self.values is None:
+            self.values = u.new_empty(rows, len(self.ids))
+        torch.index_select(u, 1, self.ids, out=self.values[first : first + len(u)])
+
+
 def top_pre_activations(
-    xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool, scratch: Scratch | None = None
+    xc: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    signed: bool,
+    scratch: Scratch | None = None,
+    also: Also | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values and ids `[B, k]` of the k largest (signed: largest in magnitude) of `xc @ w_enc.T + b_enc`.
 
@@ -55,15 +78,15 @@ def top_pre_activations(
         part = xc[i : i + block]
         u = scratch.get("u", (len(part), d_sae), xc.dtype, xc.device)
         torch.addmm(b_enc, part, w_enc.T, out=u)
+        if also is not None:
+            also.keep(u, i, rows)
         if signed:
             size = torch.abs(u, out=scratch.get("abs", (len(part), d_sae), xc.dtype, xc.device))
-            ids = torch.topk(size, k, dim=1, sorted=False).indices
+            ids = largest(size, k)[1]
             indices[i : i + block] = ids
             values[i : i + block] = u.gather(1, ids)
         else:
-            top = torch.topk(u, k, dim=1, sorted=False)
-            values[i : i + block] = top.values
-            indices[i : i + block] = top.indices
+            values[i : i + block], indices[i : i + block] = largest(u, k)
     return values, indices
 
 
@@ -113,11 +136,17 @@ class Support:
     """Which latents are stored for which row: ids int64 `[B, k]`, or flat `[nnz]` in row order with offsets `[B + 1]`.
 
     Its transpose (for each latent, the entries that name it) is sorted once, on first use, and used by both weight
-    gradients.
+    gradients. With `into`, these go to the trainer's buffers, the decoder's without its radial part, and not to autograd.
     """
 
-    def __init__(self, indices: Tensor, d_sae: int, offsets: Tensor | None = None) -> None:
-        self.indices, self.d_sae, self.offsets = indices, d_sae, offsets
+    def __init__(
+        self,
+        indices: Tensor,
+        d_sae: int,
+        offsets: Tensor | None = None,
+        into: GradientBuffers | None = None,
+    ) -> None:
+        self.indices, self.d_sae, self.offsets, self.into = indices, d_sae, offsets, into
         self._order: Tensor | None = None
         self._starts: Tensor | None = None
         self._whole: Support | None = None
@@ -143,7 +172,7 @@ class Support:
         edges = torch.tensor(widths, device=self.ids.device)
         part = self.rows() * len(widths) + torch.bucketize(self.ids, edges, right=True)
         counts = torch.bincount(part, minlength=self.n_rows * len(widths))
-        out = Support(self.ids, self.d_sae, F.pad(counts.cumsum(0), (1, 0)))
+        out = Support(self.ids, self.d_sae, F.pad(counts.cumsum(0), (1, 0)), self.into)
         out._whole = self
         return out
 
@@ -159,21 +188,28 @@ class Support:
             self._starts = (counts.cumsum(0) - counts).int()
         return self._order, self._starts
 
-    def sum_by_latent(self, weights: Tensor, x: Tensor) -> Tensor:
-        """`out[f] = sum over entries of latent f of weight * x[row of the entry]`, `[d_sae, d]`."""
+    def sums_by_latent(self, weights: Tensor, x: Tensor) -> SlicedSums:
+        """`out[f] = sum over entries of latent f of weight * x[row of the entry]`, `[d_sae, d]`, to be made as asked for."""
         order, starts = self.by_latent()
         if self.offsets is None:
             members = torch.div(order, self.indices.shape[1], rounding_mode="floor").int()
         else:
             members = self.rows().int()[order]
-        return F.embedding_bag(members, x, starts, per_sample_weights=weights.reshape(-1)[order], mode="sum")
+        return SlicedSums(members, weights.reshape(-1)[order], starts, x)
 
 
 class Dead(NamedTuple):
-    """Dead latents offered to AuxK: their ids int64 `[n]`, and how many may be used on a row."""
+    """Dead latents offered to AuxK: their ids int64 `[n]`, how many may be used on a row, and whether the products of this
+    auxiliary term may be made in bfloat16 (results are float32)."""
 
     ids: Tensor
     k_aux: int
+    coarse: bool = False
+
+
+def _product(a: Tensor, b: Tensor, dead: Dead) -> Tensor:
+    """`a @ b` for AuxK."""
+    return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if dead.coarse else a @ b
 
 
 class _Encode(torch.autograd.Function):
@@ -186,17 +222,19 @@ class _Encode(torch.autograd.Function):
         w_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor,  # noqa: ARG004 (as x)
-        found: tuple[Tensor, Tensor],
+        found: tuple[Tensor, Tensor, Tensor | None],
         support: Support,
         dead: Dead | None,
     ) -> tuple[Tensor, Tensor | None]:
-        xc, u = found
+        xc, u, u_dead = found
         ctx.save_for_backward(xc, w_enc)
         ctx.support, ctx.dead = support, dead
         ctx.set_materialize_grads(False)
         if dead is None:
             return u, None
-        return u, torch.addmm(b_enc[dead.ids], xc, w_enc[dead.ids].T)
+        if u_dead is None:
+            u_dead = _product(xc, w_enc[dead.ids].T, dead) + b_enc[dead.ids]
+        return u, u_dead
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -206,20 +244,20 @@ class _Encode(torch.autograd.Function):
         support: Support = ctx.support
         want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         g_b = torch.zeros_like(w_enc[:, 0])
-        g_w = g_x = None
+        g_w = g_x = sums = extra = None
         if g_u is not None:
             g_b.index_add_(0, support.ids, g_u.reshape(-1))
-            g_w = support.sum_by_latent(g_u, xc) if want_w else None
+            sums = support.sums_by_latent(g_u, xc) if want_w else None
             g_x = decode_rows(g_u, support.indices, w_enc, support.offsets) if want_x else None
         if g_dead is not None:
             ids = ctx.dead.ids
             g_b.index_add_(0, ids, g_dead.sum(0))
-            if want_w:
-                g_w = torch.zeros_like(w_enc) if g_w is None else g_w
-                g_w.index_add_(0, ids, g_dead.T @ xc)
+            extra = (ids, _product(g_dead.T, xc, ctx.dead)) if want_w else None
             if want_x:
                 more = g_dead @ w_enc[ids]
                 g_x = more if g_x is None else g_x + more
+        if want_w:
+            g_w = _weight_gradient("enc", w_enc, support, sums, extra)
         return g_x, g_w, g_b, -(g_b @ w_enc), None, None, None
 
 
@@ -239,7 +277,7 @@ class _Decode(torch.autograd.Function):
         ctx.support, ctx.dead = support, dead
         ctx.set_materialize_grads(False)
         out = decode_rows(values, support.indices, w_dec, support.offsets)
-        return out, None if dead is None or z_dead is None else z_dead @ w_dec[dead.ids]
+        return out, None if dead is None or z_dead is None else _product(z_dead, w_dec[dead.ids], dead)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -247,18 +285,39 @@ class _Decode(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         values, w_dec, z_dead = ctx.saved_tensors
         support: Support = ctx.support
-        g_values = g_w = g_z = None
+        g_values = g_w = g_z = sums = extra = None
+        want_w, radial = ctx.needs_input_grad[1], torch.zeros_like(w_dec[:, 0])
         if g_out is not None:
             g_out = g_out.contiguous()
             g_values = row_dots(g_out, w_dec, support.indices, support.offsets).view(values.shape)
-            g_w = support.sum_by_latent(values, g_out) if ctx.needs_input_grad[1] else None
+            if want_w:
+                sums = support.sums_by_latent(values, g_out)
+                radial.index_add_(0, support.ids, (values * g_values).reshape(-1))
         if g_aux is not None:
             ids = ctx.dead.ids
-            g_z = g_aux @ w_dec[ids].T
-            if ctx.needs_input_grad[1]:
-                g_w = torch.zeros_like(w_dec) if g_w is None else g_w
-                g_w.index_add_(0, ids, z_dead.T @ g_aux)
+            g_z = _product(g_aux, w_dec[ids].T, ctx.dead)
+            if want_w:
+                extra = (ids, _product(z_dead.T, g_aux, ctx.dead))
+                radial.index_add_(0, ids, (z_dead * g_z).sum(0))
+        if want_w:
+            g_w = _weight_gradient("dec", w_dec, support, sums, extra, radial)
         return g_values, g_w, g_z, None, None
+
+
+def _weight_gradient(
+    name: str,
+    w: Tensor,
+    support: Support,
+    sums: SlicedSums | None,
+    extra: tuple[Tensor, Tensor] | None,
+    radial: Tensor | None = None,
+) -> Tensor | None:
+    """Sums by latent plus rows of dead latents; None where they went to the trainer's buffers."""
+    if support.into is not None and sums is not None:
+        support.into.fill(name, sums, radial=radial, extra=extra)
+        return None
+    out = torch.zeros_like(w) if sums is None else sums.whole()
+    return out if extra is None else out.index_add_(0, *extra)
 
 
 def encode_at(
@@ -271,12 +330,14 @@ def encode_at(
     *,
     xc: Tensor,
     dead: Dead | None = None,
+    u_dead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Make pre-activations `u` that a selection found at `support` differentiable in x, W_enc, b_enc and b_dec.
 
-    xc = x - b_dec, as the selection used it. Second result: pre-activations of the dead latents `[B, n_dead]`, or None.
+    xc = x - b_dec, as the selection used it. Second result: pre-activations of the dead latents `[B, n_dead]`, or None;
+    `u_dead` are these where the selection kept them.
     """
-    return _Encode.apply(x, w_enc, b_enc, b_dec, (xc, u), support, dead)
+    return _Encode.apply(x, w_enc, b_enc, b_dec, (xc, u, u_dead), support, dead)
 
 
 def decode_from(
@@ -289,16 +350,6 @@ def decode_from(
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of decoder rows for each row of the support `[rows, d_model]`, without b_dec; and e_hat of the dead, or None."""
     return _Decode.apply(values, w_dec, z_dead, support, dead)
-
-
-def keep_largest(u: Tensor, k: int, *, signed: bool) -> Tensor:
-    """`u` with all but the k largest (signed: in magnitude) of each row set to 0. No ReLU: dead latents must learn."""
-    if k >= u.shape[1]:
-        return u
-    with torch.no_grad():
-        ids = torch.topk(u.abs() if signed else u, k, dim=1, sorted=False).indices
-        keep = torch.zeros_like(u).scatter_(1, ids, 1.0)
-    return u * keep
 
 
 class StepOutput(NamedTuple):
@@ -338,11 +389,12 @@ def sparse_step(
     b_enc `[d_sae]`; b_dec `[d_model]`. `select` finds the k latents of each row: `top_pre_activations`, or a
     `screening.Screen`.
     """
+    also = None if dead is None else Also(dead.ids)
     with torch.no_grad():
         xc = x - b_dec
-        found, indices = select(xc, w_enc, b_enc, k, signed=signed)
-    support = Support(indices, len(w_enc))
-    u, u_dead = encode_at(x, w_enc, b_enc, b_dec, support, found, xc=xc, dead=dead)
+        found, indices = select(xc, w_enc, b_enc, k, signed=signed, also=also)
+    support, kept = Support(indices, len(w_enc)), also and also.values
+    u, u_dead = encode_at(x, w_enc, b_enc, b_dec, support, found, xc=xc, dead=dead, u_dead=kept)
     # a selected latent with u <= 0 did not fire: ReLU has no gradient there
     values = u if signed else u.relu()
     z_dead = None if u_dead is None or dead is None else keep_largest(u_dead, dead.k_aux, signed=signed)

@@ -33,7 +33,10 @@ class Terms(NamedTuple):
 def loss_terms(
     cfg: SAEConfig, x: Tensor, out: StepOutput, dead: Dead | None, variance: float, warm: float
 ) -> Terms:
-    """Loss of a forward pass on rows x `[B, d_model]`; warm is the share of l1 or l0 that counts."""
+    """Loss of a forward pass whose wanted output is x `[B, d_model]`: the input, or a transcoder's target.
+
+    warm is the share of l1 or l0 that counts.
+    """
     error = out.x_hat - x
     errors = (error**2).sum(1)
     fit = errors.sum()

@@ -4,6 +4,8 @@
     ce_recovered_<v> = (CE_v - CE_spliced) / (CE_v - CE_clean)      v: zero, or mean (of the train rows) in the row's place
     kl = mean over tokens of KL(P_clean || P_spliced), nats         kl_score_<v> = (KL_v - KL_spliced) / KL_v
 
+A transcoder reads one hook and its output replaces another one of the same pass.
+
 Position 0 is neither spliced nor ablated, and only targets whose source row was spliced count. Sums in float64;
 intervals resample contexts.
 """
@@ -58,15 +60,19 @@ def heldout_batches(corpus: Any, max_tokens: int) -> Iterator[tuple[Tensor, Tens
 
 @torch.inference_mode()
 def prediction_rows(
-    subjects: list[Any], store: Any, model: Any, hook: str, max_tokens: int
+    subjects: list[Any], store: Any, model: Any, hook: str, max_tokens: int, *, out_hook: str = ""
 ) -> list[dict[str, Any]]:
-    """Rows subject, metric, value, n, ci_low, ci_high of each subject (a `Reconstruct` with a name) and of the model."""
-    mean = torch.as_tensor(store.stats(hook, split="train", skip="first").mean).float()
+    """Rows subject, metric, value, n, ci_low, ci_high of each subject (a `Reconstruct` with a name) and of the model.
+
+    out_hook: where transcoders that read `hook` put their output.
+    """
+    place = out_hook or hook
+    mean = torch.as_tensor(store.stats(place, split="train", skip="first").mean).float()
     variants: dict[str, Reconstruct | None] = {"clean": None}
     variants |= {s.name: s for s in subjects}
     variants |= {
-        "zero": lambda x: (torch.zeros_like(x), None),
-        "mean": lambda x: (mean.to(x.device).expand_as(x), None),
+        "zero": lambda x: (x.new_zeros(len(x), len(mean)), None),
+        "mean": lambda x: (mean.to(x.device).expand(len(x), -1), None),
     }
     batches = list(heldout_batches(store.corpus, max_tokens))
     sums: dict[str, list[np.ndarray]] = {name: [] for name in variants}
@@ -74,22 +80,33 @@ def prediction_rows(
         for ids, mask in batches:
             clean: list[CleanContext] = []
             for name, fn in variants.items():
-                logits = scored_logits(model, ids, mask, hook, fn)
+                logits = scored_logits(model, ids, mask, hook, fn, out_hook=out_hook)
                 clean = clean or clean_contexts(logits, ids, mask)
                 sums[name] += context_sums(logits, clean)
                 bar.advance(int(mask.sum()))
     return _rows({name: np.stack(parts) for name, parts in sums.items()}, [s.name for s in subjects])
 
 
-def scored_logits(model: Any, ids: Tensor, mask: Tensor, hook: str, fn: Reconstruct | None) -> Tensor:
-    """Logits `[B, T - 2, vocab]` of sources 1 .. T-2, with `fn` in place of the rows after position 0."""
+def scored_logits(
+    model: Any, ids: Tensor, mask: Tensor, hook: str, fn: Reconstruct | None, *, out_hook: str = ""
+) -> Tensor:
+    """Logits `[B, T - 2, vocab]` of sources 1 .. T-2, with `fn` of the rows after position 0 in their place.
 
-    def splice(x: Tensor) -> Tensor:
+    With `out_hook`, fn of the rows at `hook` takes the place of those at `out_hook`, later in the same pass.
+    """
+    read: list[Tensor] = []
+
+    def keep(x: Tensor) -> None:
+        read[:] = [x]
+
+    def splice(y: Tensor) -> Tensor:
+        x = read[0] if out_hook else y
         new, _ = fn(x[:, 1:].reshape(-1, x.shape[-1]).float())  # type: ignore[misc]
-        return torch.cat([x[:, :1], new.view_as(x[:, 1:]).to(x.dtype)], dim=1)
+        return torch.cat([y[:, :1], new.view_as(y[:, 1:]).to(y.dtype)], dim=1)
 
     ids, mask = ids.to(model.device), mask.to(model.device)
-    with model.hooked({} if fn is None else {hook: splice}):
+    edits: dict[str, Any] = {hook: keep, out_hook: splice} if out_hook else {hook: splice}
+    with model.hooked({} if fn is None else edits):
         logits, _ = model.forward(ids, attention_mask=mask.long())
     # the sink's own prediction is not spliced and not scored, and the last token has no target
     return logits[:, 1:-1]

@@ -6,9 +6,11 @@ warm-up and batch are the run's (TrainConfig): all SAEs of a run see the same ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from saes.config import SAEConfig
+from cache.errors import UsageError
+from saes.config import Activation, SAEConfig, Space, TrainConfig
 
 
 def relu_l1(*, d_sae: int, l1: float = 5.0, **other: Any) -> SAEConfig:
@@ -74,7 +76,70 @@ def batch_abs_topk(*, d_sae: int, k: int = 32, auxk: float = 1 / 32, **other: An
     return SAEConfig(d_sae=d_sae, k=k, activation="batch_abs_topk", auxk=auxk, **other)
 
 
+def threshold_atoms(
+    *,
+    d_sae: int = 0,
+    d_model: int = 0,
+    l0: float = 1e-3,
+    beta1: float | None = 0.0,
+    space: Space = "aip",
+    name: str = "",
+    **other: Any,
+) -> SAEConfig:
+    """Threshold atoms (arXiv 2509.20784): JumpReLU in the space whitened by the AIP, a threshold for each atom.
+
+    d_sae defaults to the paper's 4 d_model. The encoder starts as the decoder, which is the paper's W_enc = D^T S. The
+    paper leaves optimiser, l0, bandwidth and steps open: they are ours, as is training in whitened space. `space="scalar"`
+    trains in plain space and leaves the AIP to the evaluation; it is named "plain".
+    """
+    d_sae = d_sae or 4 * d_model
+    if not d_sae:
+        raise UsageError("threshold_atoms needs d_sae, or d_model for the paper's 4 d_model atoms")
+    return SAEConfig(
+        d_sae=d_sae, d_model=d_model, activation="jumprelu", l0=l0, beta1=beta1, space=space,
+        encoder_init=other.pop("encoder_init", "tied"),
+        name=name or f"threshold-atoms-{'' if space == 'aip' else 'plain-'}{d_sae}", **other,
+    )  # fmt: skip
+
+
+def gba(*, d_sae: int, activation: Activation = "jumprelu", **other: Any) -> SAEConfig:
+    """Group bias adaptation (arXiv 2506.14002), un-shifted form: no sparsity term, biases follow firing rates.
+
+    Target frequencies fall from gba_htf (0.1; the paper's 0.5 is for dictionaries of 66,000) to gba_ltf in 10 groups; the
+    rule's speed is scaled to the run (saes/gba.py). `activation="relu"` is the shifted form, `space="unit"` the theory's
+    rows of unit norm. The run tells its bound on L0; `gba_l0_budget` asks for one.
+    """
+    return SAEConfig(d_sae=d_sae, activation=activation, bias_rule="gba", **other)
+
+
+def fast(preset: Callable[..., SAEConfig]) -> Callable[..., SAEConfig]:
+    """FAST (arXiv 2506.07691), a data path for any architecture: `fast(topk)(d_sae=4096, k=32)`.
+
+    Training then insists on a store of a corpus of mode "dialogue" (each chat ran alone) and on skip=None (special tokens
+    and position 0 stay in); `fast_schedule` is the paper's. Its block-training baselines are corpora of mode "packed"
+    (BT(P), plain text) and "dialogue_packed" (BT(F)), trained with skip=None as well. docs/fast.md.
+    """
+
+    def make(**config: Any) -> SAEConfig:
+        return preset(**({"data": "fast"} | config))
+
+    return make
+
+
+def fast_schedule(**other: Any) -> TrainConfig:
+    """The paper's training: 41M tokens in batches of 128, Adam, lr 7e-5, warm-up 16,000, decay over the last fifth.
+
+    Its learning rate also falls by a cosine to a tenth between the two; here it stays. Dead after 1,000 steps; seed 42.
+    """
+    paper: dict[str, Any] = {
+        "steps": 320_000, "batch_size": 128, "lr": 7e-5, "warmup_steps": 16_000, "decay_fraction": 0.2, "eps": 1e-8,
+        "dead_window_tokens": 128_000, "skip": None, "seed": 42,
+    }  # fmt: skip
+    return TrainConfig(**(paper | other))
+
+
 PRESETS = {
     "relu_l1": relu_l1, "gated": gated, "topk": topk, "batch_topk": batch_topk, "jumprelu": jumprelu,
     "matryoshka": matryoshka, "abs_topk": abs_topk, "batch_abs_topk": batch_abs_topk,
+    "threshold_atoms": threshold_atoms, "gba": gba,
 }  # fmt: skip

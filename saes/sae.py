@@ -18,11 +18,15 @@ from cache.workspace import canonical_json
 from saes.activations import encode
 from saes.codes import Codes
 from saes.config import SAEConfig
+from saes.conventions import Conventions
 from saes.kernels import decode_rows
 
 
 class SAE(nn.Module):
     """Sparse autoencoder `x_hat = sum_j z_j W_dec[j] + b_dec` with `z = act((x - b_dec) W_enc^T + b_enc)`.
+
+    A transcoder (cfg.d_out) predicts other activations, `[d_out]` wide like W_dec's rows and b_dec, and subtracts nothing
+    from its input: `z = act(x W_enc^T + b_enc)`. What training centred the input by stands in b_enc.
 
     Parameters (float32): W_enc, W_dec `[d_sae, d_model]`, b_enc `[d_sae]`, b_dec `[d_model]`; threshold `[d_sae]` >= 0
     of jumprelu and batch_*; r_mag and b_mag `[d_sae]` of gated, whose b_enc is the bias of the gate.
@@ -33,10 +37,11 @@ class SAE(nn.Module):
         if cfg.d_model < 1:
             raise DataError("SAEConfig.d_model is not set: `train` fills it in, or give it by hand")
         self.cfg = cfg
+        self.conventions = Conventions(model=cfg.model)
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_model))
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_model))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_model))
+        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.width_out))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.width_out))
         if cfg.has_threshold:
             self.threshold = nn.Parameter(torch.zeros(cfg.d_sae))
         if cfg.activation == "gated":
@@ -51,13 +56,18 @@ class SAE(nn.Module):
         """
         return encode(self, self._rows(x))
 
+    @property
+    def centre(self) -> Tensor:
+        """What is subtracted from the input: b_dec, or zeros `[d_model]` in a transcoder."""
+        return self.W_enc.new_zeros(self.cfg.d_model) if self.cfg.transcoder else self.b_dec
+
     def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction `[B, d_model]` of codes; rows with no activation give b_dec."""
+        """Reconstruction `[B, d_model]` (transcoder: `[B, d_out]`) of codes; rows with no activation give b_dec."""
         return decode_rows(codes.values, codes.indices, self.W_dec, codes.offsets) + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction with the shape of x."""
-        return self.decode(self.encode(x)).view(x.shape)
+        """Reconstruction with the shape of x; a transcoder's output has d_out in the last place."""
+        return self.decode(self.encode(x)).view(*x.shape[:-1], self.cfg.width_out)
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.cfg.d_model:
@@ -79,8 +89,10 @@ class SAE(nn.Module):
             "hook": cfg.hook,
             "model_sha": cfg.model_sha,
             "b_dec": "subtracted from the input",
-            "input": "raw",
+            "input": "unit norm of x - b_dec" if cfg.space == "unit" else "raw",
         }
+        if cfg.transcoder:
+            rule |= {"b_dec": "added to the output", "out_hook": cfg.out_hook, "d_out": cfg.d_out}
         digest = hashlib.sha256(canonical_json(rule).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -94,11 +106,17 @@ class SAE(nn.Module):
         return save_sae(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Read a folder in SAELens's layout (ours or SAELens's own). Unknown architectures and keys are refused."""
-        from saes.files import load_sae
+    def load(
+        cls, reference: str | Path, *, device: str | torch.device = "cpu", norm_factor: float | None = None
+    ) -> Self:
+        """Read a folder or "release:id": SAELens's layout (ours or its own), sparsify, Gemma Scope (docs/interop.md).
 
-        return load_sae(cls, Path(path), device=device)
+        Unknown architectures and keys are refused. `norm_factor` is the factor that the rows had in training, for files
+        of sae-lens that say there was one and leave it out.
+        """
+        from saes.foreign.loading import load
+
+        return load(cls, reference, device=device, norm_factor=norm_factor)
 
 
 @torch.no_grad()
@@ -111,6 +129,39 @@ def fold_input_scale(sae: SAE, scale: float) -> None:
     for name in ("b_enc", "b_mag", "threshold", "b_dec"):
         if hasattr(sae, name):
             getattr(sae, name).div_(scale)
+
+
+@torch.no_grad()
+def fold_transcoder(sae: SAE, scale: float, scale_out: float, shift: Tensor) -> None:
+    """Turn a transcoder trained from `scale * x - shift` to `scale_out * y` into the same one from raw x to y, in place.
+
+    Decoder rows stay unit, so codes come out in units of y: all that makes u is divided by scale_out, and the shift goes
+    into the bias, b_enc - W_enc shift (gated: into b_mag as well). The selected latents do not change.
+    """
+    lost = sae.W_enc @ shift
+    sae.b_enc.sub_(lost).div_(scale_out)
+    sae.W_enc.mul_(scale / scale_out)
+    sae.b_dec.div_(scale_out)
+    if hasattr(sae, "b_mag"):
+        sae.b_mag.sub_(sae.r_mag.exp() * lost).div_(scale_out)
+    if hasattr(sae, "threshold"):
+        sae.threshold.div_(scale_out)
+
+
+@torch.no_grad()
+def fold_whitening(sae: SAE, root: Tensor, inverse: Tensor) -> None:
+    """Turn an SAE trained on `x root` into the same SAE on raw x, in place; root and inverse symmetric, float64.
+
+    u = (x root - b') W'^T + b_enc = (x - b' inverse) (W' root)^T + b_enc and x_hat = (z D' + b') inverse: what is in units
+    of u stays, so the codes do not change. Decoder rows are no longer unit.
+    """
+
+    def times(p: Tensor, m: Tensor) -> Tensor:
+        return (p.double().cpu() @ m).to(p)
+
+    sae.W_enc.copy_(times(sae.W_enc, root))
+    for p in (sae.W_dec, sae.b_dec):
+        p.copy_(times(p, inverse))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from saes.kernels import Scratch, row_dots, top_pre_activations
+from saes.kernels import Also, Scratch, row_dots, top_pre_activations
 
 AUDIT_STEPS = 500
 AUDIT_ROWS = 1024
@@ -34,17 +34,22 @@ class Screen:
         self._scratch = Scratch()
 
     def __call__(
-        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool
+        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool, also: Also | None = None
     ) -> tuple[Tensor, Tensor]:
         n = candidates(k)
         if not self.enabled or n >= w_enc.shape[0]:
-            return top_pre_activations(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch)
+            return self._exact(xc, w_enc, b_enc, k, signed, also)
         if self._calls % AUDIT_STEPS == 0:
             self._audit(xc[:AUDIT_ROWS], w_enc, b_enc, k, signed)
         self._calls += 1
         if not self.enabled:
-            return top_pre_activations(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch)
+            return self._exact(xc, w_enc, b_enc, k, signed, also)
         return self.select(xc, w_enc, b_enc, k, signed=signed)
+
+    def _exact(
+        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, signed: bool, also: Also | None
+    ) -> tuple[Tensor, Tensor]:
+        return top_pre_activations(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch, also=also)
 
     def select(
         self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool

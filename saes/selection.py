@@ -11,6 +11,7 @@ through n of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,15 +34,20 @@ class Flat(NamedTuple):
 
 
 def _blocks(
-    xc: Tensor, w_enc: Tensor, b_enc: Tensor, scratch: Scratch, signed: bool
+    xc: Tensor, w_enc: Tensor, b_enc: Tensor, scratch: Scratch, signed: bool, head: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, u, u or |u|) of blocks of rows; the tensors are overwritten by the next block."""
+    """(first row, u, u or |u|) of blocks of rows; the tensors are overwritten by the next block.
+
+    head: rows of a first block of its own, on which a caller decides whether to go on.
+    """
     d_sae = len(w_enc)
     block = max(1, min(len(xc), kernels.CHUNK_BYTES // (d_sae * xc.element_size())))
-    for i in range(0, len(xc), block):
-        shape = (len(xc[i : i + block]), d_sae)
+    head = min(head, block, len(xc))
+    starts = [*range(0, head, head or 1), *range(head, len(xc), block), len(xc)]
+    for i, end in pairwise(starts):
+        shape = (end - i, d_sae)
         u = scratch.get("u", shape, xc.dtype, xc.device)
-        torch.addmm(b_enc, xc[i : i + block], w_enc.T, out=u)
+        torch.addmm(b_enc, xc[i:end], w_enc.T, out=u)
         size = torch.abs(u, out=scratch.get("abs", shape, xc.dtype, xc.device)) if signed else u
         yield i, u, size
 
@@ -67,12 +73,14 @@ def above_threshold(
 ) -> Flat | None:
     """All u = xc @ w_enc.T + b_enc with u > low `[d_sae]` (signed: |u| > low).
 
-    With `dense_share` the answer is None where more than that share of the first block passes: the dense switch.
+    With `dense_share` the answer is None where more than that share of the first SAMPLE_ROWS rows passes: the dense
+    switch, which costs one small product.
     """
     scratch = scratch or Scratch()
     d_sae = len(w_enc)
     values, places = [], []
-    for i, u, size in _blocks(xc, w_enc, b_enc, scratch, signed):
+    head = 0 if dense_share is None else SAMPLE_ROWS
+    for i, u, size in _blocks(xc, w_enc, b_enc, scratch, signed, head):
         v, at = _take(u, size, low, scratch)
         if i == 0 and dense_share is not None and len(at) > dense_share * u.numel():
             return None

@@ -1,7 +1,8 @@
-"""Where training rows come from: an activation store, a ring, or a tensor in memory: statistics and a stream.
+"""Where training rows come from: an activation store, a ring, or tensors in memory: statistics and a stream.
 
 The stream contract is the store's (cache/stream.py): an endless iterator of full batches with an exact
-`state_dict()`, so that training resumes on the very next row.
+`state_dict()`, so that training resumes on the very next row. For a transcoder each row comes with its target: the
+same token's activation at another hook, or the same row of a second tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cache.errors import DataError
+from cache.errors import DataError, UsageError
 from saes.config import TrainConfig
 
 
@@ -25,10 +26,17 @@ class Moments(NamedTuple):
     mean_norm: float
 
 
-class RowStream(Protocol):
-    """Endless batches `[B, d_model]` float32 with a state from which they go on exactly."""
+class Rows(NamedTuple):
+    """A batch: x float32 `[B, d_model]`, and for a transcoder the target `[B, d_out]` of the same tokens."""
 
-    def __iter__(self) -> Iterator[Tensor]: ...
+    x: Tensor
+    target: Tensor | None = None
+
+
+class RowStream(Protocol):
+    """Endless batches with a state from which they go on exactly."""
+
+    def __iter__(self) -> Iterator[Rows]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
@@ -37,22 +45,28 @@ class Source(Protocol):
     """What `train` needs of its data."""
 
     d_model: int
+    d_out: int
+    """Width of the target, 0 without one."""
     provenance: dict[str, Any]
 
     def moments(self, cfg: TrainConfig) -> Moments: ...
+    def target_moments(self, cfg: TrainConfig) -> Moments | None: ...
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream: ...
 
 
 @dataclass
 class StoreSource:
-    """Rows of one hook of an `ActivationStore`."""
+    """Rows of one hook of an `ActivationStore`; with `out_hook`, beside the rows of that hook."""
 
     store: Any
     hook: str
+    out_hook: str | None = None
 
     def __post_init__(self) -> None:
-        self.store.require_complete(self.hook)
+        self.hooks = [self.hook] if self.out_hook is None else [self.hook, self.out_hook]
+        self._check()
         self.d_model = self.store.d(self.hook)
+        self.d_out = self.store.d(self.out_hook) if self.out_hook else 0
         identity = self.store.identity
         self.provenance = {
             "store": self.store.path.name,
@@ -60,14 +74,27 @@ class StoreSource:
             "model": identity.get("model", ""),
             "model_sha": identity.get("weights_sha256", ""),
         }
+        self.mode: str = self.store.corpus.meta.get("mode", "")
+        if self.out_hook:
+            self.provenance["out_hook"] = self.out_hook
+
+    def _check(self) -> None:
+        for hook in self.hooks:
+            self.store.require_complete(hook)
 
     def moments(self, cfg: TrainConfig) -> Moments:
-        s = self.store.stats(self.hook, split=cfg.split, skip=cfg.skip)
+        return self._moments(self.hook, cfg)
+
+    def target_moments(self, cfg: TrainConfig) -> Moments | None:
+        return self._moments(self.out_hook, cfg) if self.out_hook else None
+
+    def _moments(self, hook: str, cfg: TrainConfig) -> Moments:
+        s = self.store.stats(hook, split=cfg.split, skip=cfg.skip)
         return Moments(s.n, float(s.mean_norm))
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         inner = self.store.stream(
-            [self.hook],
+            self.hooks,
             batch_size=cfg.batch_size,
             seed=cfg.seed,
             split=cfg.split,
@@ -75,37 +102,38 @@ class StoreSource:
             state=state,
             device=device,
         )
-        return _StoreRows(inner, self.hook)
+        return _StoreRows(inner, self.hook, self.out_hook)
 
 
 @dataclass
 class RingSource(StoreSource):
-    """Rows of one hook of a `Ring`: the model computes them while they are trained on."""
+    """Rows of a `Ring`: the model computes them while they are trained on."""
 
     def __post_init__(self) -> None:
-        self.d_model = self.store.d(self.hook)
-        identity = self.store.identity
-        self.provenance = {
-            "store": self.store.path.name,
-            "hook": self.hook,
-            "model": identity.get("model", ""),
-            "model_sha": identity.get("weights_sha256", ""),
-            "ring": self.store.provenance,
-        }
+        super().__post_init__()
+        self.provenance["ring"] = self.store.provenance
 
-    def moments(self, cfg: TrainConfig) -> Moments:
+    def _check(self) -> None:
+        """A ring is never complete: it is filled while it is read."""
+        for hook in self.hooks:
+            if hook not in self.store.hooks:
+                raise UsageError(
+                    f"the ring holds {', '.join(self.store.hooks)}, not {hook}: name it in harvest_ring(hooks=...)"
+                )
+
+    def _moments(self, hook: str, cfg: TrainConfig) -> Moments:
         """Of the first window: an estimate, kept beside the ring so that a resumed run has the same."""
-        s = self.store.stats(self.hook, split=cfg.split, skip=cfg.skip, seed=cfg.seed)
+        s = self.store.stats(hook, split=cfg.split, skip=cfg.skip, seed=cfg.seed)
         return Moments(s.n, float(s.mean_norm))
 
 
 class _StoreRows:
-    def __init__(self, inner: Any, hook: str) -> None:
-        self._inner, self._hook = inner, hook
+    def __init__(self, inner: Any, hook: str, out_hook: str | None) -> None:
+        self._inner, self._hook, self._out = inner, hook, out_hook
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Rows]:
         for batch in self._inner:
-            yield batch.x[self._hook]
+            yield Rows(batch.x[self._hook], batch.x[self._out] if self._out else None)
 
     def state_dict(self) -> dict[str, Any]:
         return self._inner.state_dict()
@@ -118,34 +146,58 @@ class _StoreRows:
 
 @dataclass
 class TensorSource:
-    """Rows of a tensor `[N, d_model]` in memory, for notebooks and tests."""
+    """Rows of a tensor `[N, d_model]` in memory, and of a target `[N, d_out]`, for notebooks and tests."""
 
     x: Tensor
+    target: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.x.ndim != 2 or not len(self.x):
-            raise DataError(f"training rows must be a tensor [N, d_model], got shape {tuple(self.x.shape)}")
-        self.x = self.x.detach().float()
-        finite = torch.isfinite(self.x).all(1)
-        if not finite.all():
-            raise DataError(
-                f"row {int((~finite).nonzero()[0])} of the training tensor holds NaN or infinite values"
-            )
+        self.x = _checked(self.x, "training rows")
         self.d_model = self.x.shape[1]
-        digest = hashlib.sha256(self.x.cpu().contiguous().numpy().tobytes()).hexdigest()
-        self.provenance = {"store": f"tensor-{digest[:16]}", "hook": "", "model": "", "model_sha": ""}
+        self.provenance = {"store": f"tensor-{_digest(self.x)}", "hook": "", "model": "", "model_sha": ""}
+        self.d_out = 0
+        if self.target is not None:
+            self.target = _checked(self.target, "targets")
+            if len(self.target) != len(self.x):
+                raise DataError(f"{len(self.x)} rows have {len(self.target)} targets: give one for each row")
+            self.d_out = self.target.shape[1]
+            self.provenance["target"] = f"tensor-{_digest(self.target)}"
 
     def moments(self, cfg: TrainConfig) -> Moments:  # noqa: ARG002 (all rows of a tensor are training rows)
         return Moments(len(self.x), self.x.double().norm(dim=1).mean().item())
 
+    def target_moments(self, cfg: TrainConfig) -> Moments | None:  # noqa: ARG002 (as `moments`)
+        if self.target is None:
+            return None
+        return Moments(len(self.target), self.target.double().norm(dim=1).mean().item())
+
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
-        return _TensorRows(self.x, cfg, state or {"epoch": 0, "offset": 0}, device)
+        return _TensorRows(self.x, self.target, cfg, state or {"epoch": 0, "offset": 0}, device)
+
+
+def _checked(x: Tensor, what: str) -> Tensor:
+    if x.ndim != 2 or not len(x):
+        raise DataError(f"{what} must be a tensor [N, d_model], got shape {tuple(x.shape)}")
+    x = x.detach().float()
+    finite = torch.isfinite(x).all(1)
+    if not finite.all():
+        raise DataError(
+            f"row {int((~finite).nonzero()[0])} of the training tensor holds NaN or infinite values"
+        )
+    return x
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 class _TensorRows:
     """Rows permuted anew in each epoch; a batch may cross into the next epoch."""
 
-    def __init__(self, x: Tensor, cfg: TrainConfig, state: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, x: Tensor, target: Tensor | None, cfg: TrainConfig, state: dict[str, Any], device: torch.device
+    ) -> None:
+        self._target = target
         self._x, self._batch, self._seed, self._device = x, cfg.batch_size, cfg.seed, device
         self._epoch, self._offset = int(state["epoch"]), int(state["offset"])
 
@@ -153,7 +205,7 @@ class _TensorRows:
         gen = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         return torch.randperm(len(self._x), generator=gen)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Rows]:
         order = self._order(self._epoch)
         while True:
             need, ids = self._batch, []
@@ -165,7 +217,9 @@ class _TensorRows:
                 if self._offset == len(order):
                     self._epoch, self._offset = self._epoch + 1, 0
                     order = self._order(self._epoch)
-            yield self._x[torch.cat(ids)].to(self._device)
+            at = torch.cat(ids)
+            target = None if self._target is None else self._target[at].to(self._device)
+            yield Rows(self._x[at].to(self._device), target)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "offset": self._offset}

@@ -6,8 +6,11 @@ At a hook with activation x and codes z = encode(x) the model goes on with
     error detached  the same value, but gradients reach x only through z
     error off       D(edit(z))
 
-Position 0 of the context (the attention sink, norm a hundred times the rest) is passed on untouched by default:
-SAEs are not trained on it.
+A transcoder is attached at the hook that it predicts: y there goes on as y + D(edit(z)) - D(z), or as D(edit(z)), with
+z = encode(x) of the hook that it reads, earlier in the same pass. Its codes stand under the hook where it is attached.
+
+Position 0 of the context (the attention sink, norm a hundred times the rest) is passed on untouched where an SAE was
+not trained on it, which is so unless its conventions say otherwise. Tokens that continue a key-value cache are spliced.
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ ErrorTerm = Literal[True, False, "detached"]
 class Attached:
     """What a splice saw and does: `codes[hook]` of the last forward pass, and an edit for each hook.
 
-    Codes have a row for each spliced position in (batch, position) order, position 0 left out if `skip_first`.
+    Codes have a row for each spliced position in (batch, position) order, position 0 left out where `skips[hook]`.
     """
 
-    def __init__(self, saes: Mapping[str, SAE], error: ErrorTerm, skip_first: bool) -> None:
-        self.saes, self.error, self.skip_first = dict(saes), error, skip_first
+    def __init__(self, saes: Mapping[str, SAE], error: ErrorTerm, skip_first: bool | None) -> None:
+        self.saes, self.error = dict(saes), error
+        self.skips = {h: _skips(s) if skip_first is None else skip_first for h, s in saes.items()}
+        self.continues = False
+        """Whether the pass goes on from a key-value cache: its first token is not position 0."""
         self.codes: dict[str, Codes] = {}
         self._edits: dict[str, Edit] = {}
+        self._inputs: dict[str, Tensor] = {}
 
     def edit(self, hook: str, fn: Edit | None) -> None:
         """Change the codes at `hook` by `fn(codes) -> codes` in the passes that follow; None takes the edit away."""
@@ -47,20 +54,46 @@ class Attached:
         else:
             self._edits[hook] = fn
 
+    def _at(self, hook: str, x: Tensor) -> Tensor | None:
+        """What goes on at a hook, None for x itself; what is read there has gone through a splice at the same hook."""
+        new = self._splice(hook, x) if hook in self.saes else None
+        for place, sae in self.saes.items():
+            if sae.cfg.transcoder and sae.cfg.hook == hook:
+                self._inputs[place] = x if new is None else new
+        return new
+
+    def _skip(self, hook: str) -> bool:
+        return self.skips[hook] and not self.continues
+
     def _splice(self, hook: str, x: Tensor) -> Tensor | None:
-        rows = x[:, 1:] if self.skip_first else x
+        rows = x[:, 1:] if self._skip(hook) else x
         if rows.shape[1] == 0:
             return None
-        new = self._replace(hook, rows)
+        new = self._replace(hook, rows, self._read(hook, x))
         if new is None:
             return None
         new = new.to(x.dtype)
-        return torch.cat([x[:, :1], new], dim=1) if self.skip_first else new
+        return torch.cat([x[:, :1], new], dim=1) if self._skip(hook) else new
 
-    def _replace(self, hook: str, x: Tensor) -> Tensor | None:
+    def _read(self, hook: str, x: Tensor) -> Tensor:
+        """The rows that the SAE at `hook` encodes: those of the hook, or of the hook that a transcoder reads."""
+        cfg = self.saes[hook].cfg
+        if cfg.transcoder:
+            # taken once: an input that is left from an earlier pass would be of other tokens
+            read = self._inputs.pop(hook, None)
+            if read is None:
+                raise DataError(
+                    f"the transcoder at {hook} reads {cfg.hook}, which had not run when {hook} did: "
+                    "its input must come earlier in the forward pass"
+                )
+            x = read
+        return x[:, 1:] if self._skip(hook) else x
+
+    def _replace(self, hook: str, y: Tensor, x: Tensor) -> Tensor | None:
+        """y: rows of the hook; x: the rows that are encoded, the same for an SAE."""
         sae, edit = self.saes[hook], self._edits.get(hook)
-        source = x.detach() if self.error == "detached" else x
-        codes = sae.encode(source)
+        kept = y.detach() if self.error == "detached" else y
+        codes = sae.encode(x)
         if torch.is_grad_enabled():
             # SAEs from `train` and `load` are frozen, and so is the model: the codes are then leaves
             if codes.values.requires_grad:
@@ -71,38 +104,78 @@ class Attached:
         grads = torch.is_grad_enabled() and codes.values.requires_grad
         if self.error is not False and edit is None and not grads:
             return None
-        before = sae.decode(codes).view(x.shape)
-        after = before if edit is None else sae.decode(edit(codes)).view(x.shape)
+        before = sae.decode(codes).view(y.shape)
+        after = before if edit is None else sae.decode(edit(codes)).view(y.shape)
         if self.error is False:
             return after
-        # before - before.detach() is exactly 0: the value stays x bit for bit, the gradient reaches the codes
-        return source + (after - before.detach())
+        # before - before.detach() is exactly 0: the value stays y bit for bit, the gradient reaches the codes
+        return kept + (after - before.detach())
+
+
+def _skips(sae: SAE) -> bool:
+    """Position 0 is left out unless the SAE's makers say that it was trained on it."""
+    return sae.conventions.skip_first is not False
 
 
 @contextmanager
 def attach(
-    model: Any, saes: Mapping[str, SAE], *, error: ErrorTerm = True, skip_first: bool = True
+    model: Any, saes: Mapping[str, SAE], *, error: ErrorTerm = True, skip_first: bool | None = None
 ) -> Iterator[Attached]:
-    """Splice SAEs into `model` (a `cache.LanguageModel`) at their hooks while the block runs.
+    """Splice SAEs into `model` at their hooks while the block runs; transcoders at their out_hook.
 
-    Raises UsageError for an unknown hook and DataError where an SAE's d_model is not the hook's width.
+    `model` is a `cache.LanguageModel`, a `ModuleModel`, or a plain Hugging Face model, which is then called as ever
+    (`model(input_ids)`, `model.generate(...)`). `skip_first` None: position 0 as the conventions of each SAE say.
+    Raises UsageError for an unknown hook and DataError where an SAE's width is not the hook's.
     """
+    if not hasattr(model, "hooked"):
+        from cache.plain_model import PlainModel
+
+        model = PlainModel(model)
     for hook, sae in saes.items():
+        cfg = sae.cfg
+        if cfg.transcoder and (not cfg.hook or hook == cfg.hook or (cfg.out_hook and hook != cfg.out_hook)):
+            raise DataError(
+                f"a transcoder from {cfg.hook or 'an unnamed hook'} to {cfg.out_hook or 'an unnamed hook'} cannot be "
+                f"attached at {hook}: attach it at the hook that it predicts"
+            )
         model.check_hook(hook)
         want, got = sae.cfg.model_sha, model.identity.get("weights_sha256")
         if want and got and want != got:
             raise DataError(
                 f"the SAE was trained on other weights ({want[:12]}) than {model.name} has ({got[:12]}): load that model"
             )
-        if model.d_hook(hook) != sae.cfg.d_model:
-            raise DataError(
-                f"the SAE has d_model={sae.cfg.d_model}, {hook} of {model.name} has {model.d_hook(hook)}: "
-                "attach it to the hook it was trained on"
-            )
+        if cfg.transcoder:
+            model.check_hook(cfg.hook)
+        for place, width in ((hook, cfg.width_out), (cfg.hook if cfg.transcoder else hook, cfg.d_model)):
+            if model.d_hook(place) != width:
+                raise DataError(
+                    f"the SAE has d_model={cfg.d_model}{f', d_out={cfg.d_out}' if cfg.transcoder else ''}, {place} of "
+                    f"{model.name} has {model.d_hook(place)}: attach it to the hook it was trained on"
+                )
     attached = Attached(saes, error, skip_first)
 
     def at(hook: str) -> Callable[[Tensor], Tensor | None]:
-        return lambda x: attached._splice(hook, x)
+        return lambda x: attached._at(hook, x)
 
-    with model.hooked({hook: at(hook) for hook in saes}):
+    read = [sae.cfg.hook for sae in saes.values() if sae.cfg.transcoder]
+    edits = {hook: at(hook) for hook in dict.fromkeys([*saes, *read])}
+    with _watching_cache(getattr(model, "hf", None), attached), model.hooked(edits):
         yield attached
+
+
+@contextmanager
+def _watching_cache(hf: torch.nn.Module | None, attached: Attached) -> Iterator[None]:
+    """Tell from the arguments of each pass of the Hugging Face model whether it continues a cache."""
+    if hf is None:
+        yield
+        return
+
+    def see(_: torch.nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        past = kwargs.get("past_key_values")
+        attached.continues = past is not None and past.get_seq_length() > 0
+
+    handle = hf.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

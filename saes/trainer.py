@@ -19,15 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saes.activations import training_step
+from cache.errors import UsageError
+from saes.activations import training_step, unit_rows
+from saes.aip import AIP
 from saes.config import BATCH_K, SAEConfig, TrainConfig
-from saes.initialise import initialise
+from saes.gba import GroupBias
+from saes.gradients import GradientBuffers
+from saes.initialise import MEDIAN_ROWS, geometric_median, initialise
 from saes.kernels import Dead, Scratch, StepOutput
 from saes.metrics import SINK_RATIO
 from saes.objectives import loss_terms
-from saes.sae import SAE, fix_signs, fold_input_scale
+from saes.sae import SAE, fix_signs, fold_input_scale, fold_transcoder, fold_whitening
 from saes.screening import Screen, screening_gains
 from saes.selection import DENSE_SHARE, above_threshold, threshold_for
+from saes.separability import nearest_atoms, separability
 from saes.sources import Moments
 
 TRIM = 1000
@@ -39,19 +44,45 @@ L0_TOLERANCE = 0.05
 class Trainer:
     """The training state of one SAE. `sae` is in the space of training until `finish` folds it."""
 
-    def __init__(self, cfg: SAEConfig, train: TrainConfig, moments: Moments, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: SAEConfig,
+        train: TrainConfig,
+        moments: Moments,
+        device: torch.device,
+        target: Moments | None = None,
+    ) -> None:
+        """moments: of the input rows; target: of what a transcoder predicts. Space `aip` needs `whiten` before `start`."""
         cfg.check_trainable()
         self.cfg, self.train = cfg, train
         self.sae = SAE(cfg).to(device)
         self.scale = 1.0
         if cfg.space == "scalar":
             self.scale = math.sqrt(cfg.d_model) / max(moments.mean_norm, 1e-30)
-        self.mean = torch.zeros(cfg.d_model, device=device)
-        self.sink_norm = SINK_RATIO * moments.mean_norm * self.scale
+        self.scale_out = self.scale
+        if cfg.space == "scalar" and target is not None:
+            self.scale_out = math.sqrt(cfg.d_out) / max(target.mean_norm, 1e-30)
+        # a transcoder has no b_dec on its input: this is subtracted from it instead, and folded into b_enc
+        self.shift = torch.zeros(cfg.d_model, device=device)
+        self.mean = torch.zeros(cfg.width_out, device=device)
+        self.sink_norm = SINK_RATIO * (target or moments).mean_norm * self.scale_out
         self.variance = 1.0
+        self.bias = GroupBias(cfg, train, device) if cfg.bias_rule == "gba" else None
+        if self.bias is not None:
+            self.bias.prepare(self.sae)
+        if cfg.space == "unit":
+            # the centre of the rows, found at the start, stands for it; the rule of the saved SAE needs it as b_dec
+            self.sink_norm = SINK_RATIO
+            self.sae.b_dec.requires_grad_(False)
+        self.aip: AIP | None = None
+        self.nearest: Tensor | None = None
         betas = (train.beta1 if cfg.beta1 is None else cfg.beta1, train.beta2)
         self.optimiser = torch.optim.Adam(
-            self.sae.parameters(), lr=train.peak_lr(cfg.d_sae), betas=betas, eps=train.eps, fused=True
+            [p for p in self.sae.parameters() if p.requires_grad],
+            lr=train.peak_lr(cfg.d_sae, cfg.lr),
+            betas=betas,
+            eps=train.eps,
+            fused=True,
         )
         self.last_fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
         self.sign_sum = torch.zeros(cfg.d_sae, dtype=torch.float64, device=device)
@@ -62,53 +93,101 @@ class Trainer:
         self.eps = 1.0
         self.theta = torch.full((), -1.0, dtype=torch.float64, device=device)
         self._scratch = Scratch()
+        # where W_enc and W_dec have no gradient but that of the step (a tied decoder and separability have)
+        tied = cfg.bias_rule == "gba" or cfg.separability > 0
+        self._into = None if tied else GradientBuffers(self.sae.W_enc, self.sae.W_dec)
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._sum_steps = 0
 
-    def start(self, sample: Tensor) -> None:
-        """Initialise from raw rows `[N, d_model]`; decide on screening by a probe where it is `auto`."""
-        initialise(self.sae, sample * self.scale, seed=self.train.seed)
-        usual = torch.linalg.vector_norm(sample * self.scale, dim=1) <= self.sink_norm
-        self.mean = (sample[usual] * self.scale).mean(0)
-        spread = ((sample * self.scale - self.sae.b_dec.detach()) ** 2).sum(1).sort().values
-        self.variance = max(spread[: max(1, len(spread) - len(spread) // TRIM)].mean().item(), 1e-30)
-        if self.cfg.activation == "jumprelu":
-            self._start_threshold(sample)
+    def whiten(self, aip: AIP) -> None:
+        """Train in the space of this AIP, whose rows have E||x||^2 = d_model."""
+        self.aip, self._root = aip, aip.root.float().to(self.mean.device)
+        self.sink_norm = SINK_RATIO * math.sqrt(self.cfg.d_model)
+
+    def start(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Initialise from raw rows `[N, d_model]`; decide on screening by a probe where it is `auto`.
+
+        target: raw rows `[N, d_out]` that a transcoder predicts from them.
+        """
+        if self.cfg.space == "aip" and self.aip is None:
+            raise UsageError("space aip needs the second moment of the rows: call whiten before start")
+        if target is not None:
+            self.shift = geometric_median((sample * self.scale)[:MEDIAN_ROWS])
+        if self.cfg.space == "unit":
+            self.shift = geometric_median(sample[:MEDIAN_ROWS])
+        x, y = self._rows(sample, target)
+        initialise(self.sae, x, seed=self.train.seed, target=None if target is None else y)
+        if self.cfg.space == "unit":
+            self.sae.b_dec.detach().zero_()
+        usual = torch.linalg.vector_norm(y, dim=1) <= self.sink_norm
+        if self.bias is not None:
+            self.bias.start(self.sae, x[usual])
+        self.mean = y[usual].mean(0)
+        spread = ((y - self.sae.b_dec.detach()) ** 2).sum(1).sort().values
+        # where position 0 is trained on, sinks are more than a thousandth of the rows
+        kept = max(1, min(len(spread) - len(spread) // TRIM, int(usual.sum())))
+        self.variance = max(spread[:kept].mean().item(), 1e-30)
+        if self.cfg.activation == "jumprelu" and self.bias is None:
+            self._start_threshold(x[usual])
         if self.train.screen == "auto" and self.cfg.fixed_k:
             self.screen.enabled = screening_gains(
                 self.train.batch_size, self.cfg.d_model, self.cfg.d_sae, self.cfg.k, sample.device
             )
 
+    def _rows(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Input and wanted output in the space of training, of raw rows: the same rows twice but for a transcoder."""
+        if self.cfg.space == "unit":
+            x = unit_rows(x - self.shift)[0]
+            return x, x
+        x = x * self.scale if self.aip is None else x @ self._root
+        return (x, x) if target is None else (x - self.shift, target * self.scale_out)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Raw rows as the encoder of training takes them."""
+        x = self._rows(x, None)[0]
+        return x - self.shift if self.cfg.transcoder else x
+
     @torch.no_grad()
-    def _start_threshold(self, sample: Tensor) -> None:
+    def _start_threshold(self, x: Tensor) -> None:
         """Threshold and bandwidth in units of u, from the spread of the first pre-activations."""
         s = self.sae
-        spread = ((sample[:1024] * self.scale - s.b_dec) @ s.W_enc.T + s.b_enc).std().item()
+        spread = ((x[:1024] - s.centre) @ s.W_enc.T + s.b_enc).std().item()
         s.threshold.fill_(self.cfg.threshold_init * spread)
         self.eps = self.cfg.bandwidth * spread
 
-    def step(self, x: Tensor, step: int) -> None:
-        """One optimiser step on raw rows x `[B, d_model]`."""
-        x = x * self.scale
+    def step(self, x: Tensor, step: int, target: Tensor | None = None) -> None:
+        """One optimiser step on raw rows x `[B, d_model]`, and the `[B, d_out]` that a transcoder predicts from them."""
+        x, y = self._rows(x, target)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.train.lr_at(step, self.cfg.d_sae)
+            group["lr"] = self.train.lr_at(step, self.cfg.d_sae, self.cfg.lr)
         s = self.sae
-        # bfloat16 enters through the screen alone: its products are rescored in float32, so the step stays exact
-        out = training_step(s, x, dead=self.dead, select=self.screen, eps=self.eps, scratch=self._scratch)
-        terms = loss_terms(self.cfg, x, out, self.dead, self.variance, self._sparsity_weight(step))
+        # bfloat16 enters where the screen is on: its products are rescored in float32, and AuxK is an auxiliary term
+        dead = None if self.dead is None else self.dead._replace(coarse=self.screen.enabled)
+        out = training_step(
+            s, x, dead=dead, select=self.screen, eps=self.eps, scratch=self._scratch, into=self._into
+        )
+        terms = loss_terms(self.cfg, y, out, self.dead, self.variance, self._sparsity_weight(step))
+        loss = terms.loss
+        if self.nearest is not None:
+            k = self.cfg.k if self.cfg.has_k else terms.sparsity
+            weight = self.cfg.separability * self._sparsity_weight(step)
+            loss = loss + weight * separability(s.W_dec, self.nearest, k)
         self.optimiser.zero_grad(set_to_none=True)
-        terms.loss.backward()
-        norm = self._project_and_clip()
+        loss.backward()
+        norm = self._project_and_clip(projected=self._into is not None and self._into.attach())
         self.optimiser.step()
         with torch.no_grad():
-            s.W_dec.div_(torch.linalg.vector_norm(s.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
-            if self.cfg.activation == "jumprelu":
+            w = self._unit_rows
+            w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12))
+            if self.bias is not None:
+                self.bias.after_step(s, out, step)
+            elif self.cfg.activation == "jumprelu":
                 s.threshold.clamp_min_(0.0)
             self._track(out, len(x), step)
             fired = (out.values != 0).sum() / len(x)
-            usual = torch.linalg.vector_norm(x, dim=1) <= self.sink_norm
+            usual = torch.linalg.vector_norm(y, dim=1) <= self.sink_norm
             error = torch.where(usual, terms.errors, 0.0).sum()
-            spread = torch.where(usual, ((x - self.mean) ** 2).sum(1), 0.0).sum()
+            spread = torch.where(usual, ((y - self.mean) ** 2).sum(1), 0.0).sum()
             self._sums += torch.stack([error, spread, terms.auxk, fired, norm, terms.sparsity]).double()
             self._sum_steps += 1
 
@@ -116,18 +195,27 @@ class Trainer:
         """Share of l1 or l0 that counts at this step: linear warm-up."""
         return min(1.0, (step + 1) / max(1.0, self.cfg.sparsity_warmup * self.train.steps))
 
+    @property
+    def _unit_rows(self) -> Tensor:
+        """The weights whose rows stay at norm 1: of the decoder, or, where it is tied to them, of the encoder."""
+        return self.sae.W_dec if self.bias is None else self.sae.W_enc
+
     @torch.no_grad()
-    def _project_and_clip(self) -> Tensor:
-        """Remove the radial part of the decoder gradient, then scale all gradients to norm <= grad_clip."""
-        w, g = self.sae.W_dec, self.sae.W_dec.grad
+    def _project_and_clip(self, *, projected: bool) -> Tensor:
+        """Remove the radial part of the gradient of the unit rows, then have all gradients scaled to norm <= grad_clip.
+
+        `projected`: the step has removed it. The fused optimiser divides by `grad_scale` as it reads the gradients.
+        """
+        w, g = self._unit_rows, self._unit_rows.grad
         assert g is not None
-        radial = torch.einsum("fd,fd->f", g, w)
-        g.addcmul_(radial[:, None], w, value=-1)
+        if not projected:
+            radial = torch.einsum("fd,fd->f", g, w)
+            g.addcmul_(radial[:, None], w, value=-1)
         grads = [p.grad for p in self.sae.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in grads]))
         if self.train.grad_clip > 0:
-            factor = (self.train.grad_clip / (norm + 1e-6)).clamp_max(1.0)
-            torch._foreach_mul_(grads, factor)
+            self.optimiser.grad_scale = ((norm + 1e-6) / self.train.grad_clip).clamp_min(1.0)
+            self.optimiser.found_inf = torch.zeros_like(norm)
         return norm
 
     @torch.no_grad()
@@ -149,6 +237,8 @@ class Trainer:
             self.theta = torch.where(smallest.isfinite(), moved, self.theta)
         if self.cfg.auxk > 0 and (step + 1) % self.train.dead_refresh_steps == 0:
             self.refresh_dead()
+        if self.cfg.separability and (step + 1) % self.train.dead_refresh_steps == 0:
+            self.nearest = nearest_atoms(self.sae.W_dec)
 
     def refresh_dead(self) -> None:
         """List the latents that have been silent for the dead window (in rows)."""
@@ -186,18 +276,27 @@ class Trainer:
             "sign_sum": self.sign_sum,
             "sums": self._sums,
             "mean": self.mean,
+            "shift": self.shift,
             "theta": self.theta,
         }
-        return out | more | {"dead": dead}
+        if self.aip is not None:
+            more |= {"aip_root": self.aip.root, "aip_inverse": self.aip.inverse}
+        if self.nearest is not None:
+            more |= {"nearest": self.nearest}
+        rule = {} if self.bias is None else self.bias.tensors()
+        return out | more | {"dead": dead} | rule
 
     def state(self) -> dict[str, Any]:
         return {
             "rows_seen": self.rows_seen,
             "scale": self.scale,
+            "scale_out": self.scale_out,
             "variance": self.variance,
             "eps": self.eps,
             "sum_steps": self._sum_steps,
+            "bias": None if self.bias is None else self.bias.span,
             "screen": self.screen.state(),
+            "aip": None if self.aip is None else self.aip.record,
         }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -213,36 +312,64 @@ class Trainer:
         self.sign_sum = tensors["sign_sum"].to(device).clone()
         self._sums = tensors["sums"].to(device).clone()
         self.mean = tensors["mean"].to(device).clone()
+        self.shift = tensors["shift"].to(device).clone()
         self.theta = tensors["theta"].to(device).clone()
         ids = tensors["dead"].to(device).clone()
         self.n_dead = len(ids)
         self.dead = Dead(ids, min(self.cfg.aux_width(), len(ids))) if len(ids) else None
         self.rows_seen, self._sum_steps = state["rows_seen"], state["sum_steps"]
         self.scale, self.variance, self.eps = state["scale"], state["variance"], state["eps"]
+        self.scale_out = state["scale_out"]
         self.screen.load_state(state["screen"])
+        if self.bias is not None:
+            self.bias.load(tensors, state["bias"])
+        if state["aip"] is not None:
+            self.whiten(AIP(tensors["aip_root"], tensors["aip_inverse"], state["aip"]))
+        if "nearest" in tensors:
+            self.nearest = tensors["nearest"].to(device).clone()
 
     @property
-    def checks_threshold(self) -> bool:
-        """Whether `finish` needs rows: a threshold that no gradient trained is compared with k on data."""
-        return self.cfg.activation in BATCH_K
+    def checks_rows(self) -> bool:
+        """Whether `finish` needs rows: to compare a threshold that no gradient trained with k, or to find the + poles."""
+        return self.cfg.activation in BATCH_K or self.cfg.signed
 
     def finish(self, sample: Tensor | None = None) -> SAE:
         """The folded SAE: raw activations in, codes in their units, + the commoner sign of a two-sided latent.
 
-        sample: raw training rows `[N, d_model]`, where `checks_threshold`.
+        sample: raw training rows `[N, d_model]`, where `checks_rows`.
         """
-        if self.checks_threshold and sample is not None:
-            self._finish_threshold(sample[:CHECK_ROWS] * self.scale)
-        fold_input_scale(self.sae, self.scale)
+        if self.cfg.activation in BATCH_K and sample is not None:
+            self._finish_threshold(self.input_rows(sample[:CHECK_ROWS]))
+        if self.bias is not None:
+            self.bias.finish(self.sae)
+        if self.cfg.transcoder:
+            fold_transcoder(self.sae, self.scale, self.scale_out, self.shift)
+        elif self.aip is not None:
+            fold_whitening(self.sae, self.aip.root, self.aip.inverse)
+        elif self.cfg.space == "unit":
+            self.sae.b_dec.detach().copy_(self.shift)
+        else:
+            fold_input_scale(self.sae, self.scale)
         if self.cfg.signed:
-            fix_signs(self.sae, torch.where(self.sign_sum < 0, -1.0, 1.0).to(self.sae.W_dec.dtype))
+            fix_signs(self.sae, torch.where(self._sign_sums(sample) < 0, -1.0, 1.0).to(self.sae.W_dec.dtype))
         return self.sae.requires_grad_(False)
+
+    @torch.no_grad()
+    def _sign_sums(self, sample: Tensor | None) -> Tensor:
+        """Sum of each latent's activations `[d_sae]` on sample rows, or, where it is silent there, over the run."""
+        sums, silent = torch.zeros_like(self.sign_sum), torch.ones_like(self.sign_sum, dtype=torch.bool)
+        for rows in () if sample is None else sample.split(CHECK_ROWS):
+            codes = self.sae.encode(rows)
+            ids = codes.indices.reshape(-1).long()
+            sums.index_add_(0, ids, codes.values.reshape(-1).double())
+            silent[ids] = False
+        return torch.where(silent, self.sign_sum, sums)
 
     @torch.no_grad()
     def _finish_threshold(self, x: Tensor) -> None:
         """The moving average, or, where the mean L0 of x at it is not k within L0_TOLERANCE, the value where it is."""
         s, k = self.sae, self.cfg.k
-        weights = (x - s.b_dec, s.W_enc, s.b_enc)
+        weights = (x - s.centre, s.W_enc, s.b_enc)
         s.threshold.fill_(self.theta.clamp_min(0.0))
         found = above_threshold(*weights, s.threshold, signed=self.cfg.signed, dense_share=DENSE_SHARE)
         if found is None or abs(len(found.values) / len(x) - k) > L0_TOLERANCE * k:

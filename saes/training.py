@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -29,12 +29,19 @@ from torch import Tensor
 from cache.errors import AtomscopeError, DataError, UsageError
 from cache.progress import Bar, progress
 from cache.provenance import provenance
-from cache.workspace import atomic_file, canonical_json, read_json, workspace_path, write_json
+from cache.workspace import canonical_json, read_json, workspace_path, write_json
+from saes import warm_start as warm_starts
+from saes.aip import SecondMoment, estimate_rows, second_moment
 from saes.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from saes.config import SAEConfig, TrainConfig
+from saes.conventions import of_training
+from saes.gba import warning as gba_warning
+from saes.run_log import Listener, MetricsLog
 from saes.sae import SAE
-from saes.sources import RingSource, Source, StoreSource, TensorSource
+from saes.sources import RingSource, Rows, Source, StoreSource, TensorSource
 from saes.trainer import Trainer
+from saes.wandb_log import wandb_log
+from saes.warm_start import WarmStart
 
 SAMPLE_ROWS = 16_384
 
@@ -54,37 +61,54 @@ def train(
     config: TrainConfig | None = None,
     *,
     hook: str | None = None,
+    out_hook: str | None = None,
+    warm_start: WarmStart | Sequence[WarmStart] = None,
     workspace: str | Path | None = None,
     device: str | torch.device | None = None,
+    wandb: str | None = None,
 ) -> list[TrainResult]:
     """Train SAEs together on an `ActivationStore` or a `harvest_ring` (with `hook`), or on a tensor `[N, d_model]`.
 
+    With `out_hook`, or on two tensors (x `[N, d_model]`, target `[N, d_out]`), they are transcoders: from the rows at
+    `hook` they predict those of the same tokens at `out_hook`. `warm_start` is an SAE (or where one is) whose weights they
+    all start from, or one or None for each (saes/warm_start.py).
     A store's or ring's run is kept in its workspace; a tensor's only if `workspace` is given. Returns folded SAEs in
-    the order of `saes`. Raises UsageError on a bad combination, DataError on NaN in data or loss, and KeyboardInterrupt
-    after writing a checkpoint; the same call then goes on where it was.
+    the order of `saes`. `wandb` names a W&B project that gets the metrics too. Raises UsageError on a bad combination,
+    DataError on NaN in data or loss, and KeyboardInterrupt after writing a checkpoint; the same call then goes on
+    where it was.
     """
     config = config or TrainConfig()
-    source = _source(data, hook)
+    source = _source(data, hook, out_hook)
     configs = [_bind(c, source) for c in saes]
     if not configs:
         raise UsageError("train needs at least one SAEConfig, for example presets.topk(d_sae=4096, k=32)")
     root = workspace_path(workspace) if workspace is not None else getattr(data, "workspace", None)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = None if root is None else Path(root) / "saes" / run_name(configs, config, source)
+    _check_data_path(configs, config, source)
+    warm = warm_starts.resolve(warm_start, configs)
+    run = None if root is None else Path(root) / "saes" / run_name(configs, config, source, warm)
     if run is not None and (done := load_run(run)) is not None:
         return done
-    return _run(source, configs, config, run, device)
+    described = warm_starts.described(warm, warm_start)
+    with wandb_log(
+        wandb, run_name(configs, config, source, warm), _record(source, configs, config)
+    ) as listener:
+        return _run(source, configs, config, run, device, warm, described, listener)
 
 
-def _source(data: Any, hook: str | None) -> Source:
-    if isinstance(data, Tensor):
-        return TensorSource(data)
+def _source(data: Any, hook: str | None, out_hook: str | None) -> Source:
+    if isinstance(data, Tensor | tuple):
+        if out_hook is not None:
+            raise UsageError("tensors have no hooks: train a transcoder on two tensors (x, target)")
+        return TensorSource(data) if isinstance(data, Tensor) else TensorSource(*data)
     from cache.ring import Ring
 
     hook = hook or (data.hooks[0] if len(data.hooks) == 1 else None)
     if hook is None:
         raise UsageError(f"this store has several hooks, say which: hook= one of {', '.join(data.hooks)}")
-    return RingSource(data, hook) if isinstance(data, Ring) else StoreSource(data, hook)
+    if out_hook == hook:
+        raise UsageError(f"out_hook is the input's own hook {hook}: leave it out to train SAEs")
+    return (RingSource if isinstance(data, Ring) else StoreSource)(data, hook, out_hook)
 
 
 def _bind(cfg: SAEConfig, source: Source) -> SAEConfig:
@@ -95,13 +119,41 @@ def _bind(cfg: SAEConfig, source: Source) -> SAEConfig:
             f"{source.provenance['hook'] or 'the tensor'} have {source.d_model}: train it on the hook it was made for"
         )
     p = source.provenance
-    return replace(cfg, d_model=source.d_model, hook=p["hook"], model=p["model"], model_sha=p["model_sha"])
+    if (cfg.d_out or cfg.out_hook) and (cfg.d_out, cfg.out_hook) != (source.d_out, p.get("out_hook", "")):
+        raise DataError(
+            f"SAE {cfg.label} predicts {cfg.out_hook or 'rows'} of width {cfg.d_out or 'unknown'}, the data has "
+            f"{p.get('out_hook') or 'no out_hook'}: give train the out_hook it was made for"
+        )
+    made_for = {"hook": p["hook"], "out_hook": p.get("out_hook", ""), "d_out": source.d_out}
+    return replace(cfg, d_model=source.d_model, model=p["model"], model_sha=p["model_sha"], **made_for)
 
 
-def run_name(configs: Sequence[SAEConfig], config: TrainConfig, source: Source) -> str:
-    """`<label>-<hash>`: the hash covers the configs and the data, so equal runs share a folder."""
+def _check_data_path(configs: Sequence[SAEConfig], config: TrainConfig, source: Source) -> None:
+    """FAST is a data path: refuse rows that did not come along it."""
+    fast = [c.label for c in configs if c.data == "fast"]
+    if not fast:
+        return
+    mode = getattr(source, "mode", None)
+    if mode != "dialogue":
+        raise UsageError(
+            f"{fast[0]} trains on dialogues that each ran alone, this data is {mode or 'a tensor'}: "
+            "build a corpus with mode='dialogue' and harvest it"
+        )
+    if config.skip is not None:
+        raise UsageError(
+            f"{fast[0]} trains on every row of a dialogue: set skip=None (now {config.skip!r}), "
+            "or data='any' to leave rows out"
+        )
+
+
+def run_name(
+    configs: Sequence[SAEConfig], config: TrainConfig, source: Source, warm: Sequence[SAE | None] = ()
+) -> str:
+    """`<label>-<hash>`: the hash covers the configs, the data and the SAEs started from: equal runs share a folder."""
     schedule = {k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}
     key = {"saes": [c.to_dict() for c in configs], "train": schedule, "data": source.provenance}
+    if any(warm):
+        key["warm_start"] = [None if s is None else s.sae_id for s in warm]
     digest = hashlib.sha256(canonical_json(key).encode()).hexdigest()[:8]
     more = f"-and-{len(configs) - 1}-more" if len(configs) > 1 else ""
     return f"{configs[0].label}{more}-{digest}"
@@ -126,11 +178,19 @@ def load_run(run: Path) -> list[TrainResult] | None:
 
 
 def _run(
-    source: Source, configs: list[SAEConfig], config: TrainConfig, run: Path | None, device: torch.device
+    source: Source,
+    configs: list[SAEConfig],
+    config: TrainConfig,
+    run: Path | None,
+    device: torch.device,
+    warm: list[SAE | None],
+    started_from: list[dict[str, Any] | None],
+    listener: Listener | None = None,
 ) -> list[TrainResult]:
     started = time.time()
-    trainers = [Trainer(c, config, source.moments(config), device) for c in configs]
-    log = _Metrics(run)
+    moments = (source.moments(config), device, source.target_moments(config))
+    trainers = [Trainer(c, config, *moments) for c in configs]
+    log = MetricsLog(run, listener)
     checkpoint = latest_checkpoint(run) if run is not None else None
     log.keep_until(checkpoint.step if checkpoint else 0)
     if checkpoint is not None:
@@ -138,10 +198,19 @@ def _run(
             t.load(tensors, state)
     else:
         sample = _sample(source, config, device)
+        white = _second_moment(source, config, device) if any(c.space == "aip" for c in configs) else None
         for t in trainers:
-            t.start(sample)
+            if white is not None and t.cfg.space == "aip":
+                t.whiten(white.aip(ridge=t.cfg.aip_ridge, centred=t.cfg.aip_centred))
+            t.start(sample.x, sample.target)
+        for t, sae in zip(trainers, warm, strict=True):
+            if sae is not None:
+                warm_starts.warm_start(t, sae, sample.x)
     first = checkpoint.step if checkpoint else 0
-    record = _record(source, configs, config)
+    record = _record(source, configs, config) | ({"warm_start": started_from} if any(warm) else {})
+    for t in trainers:
+        if t.bias is not None:
+            print(f"{t.cfg.label}: {t.bias.groups}", file=sys.stderr, flush=True)
     if run is not None:
         write_json(run / "run.json", record | {"status": "running", "step": first})
     stream = source.stream(config, checkpoint.stream if checkpoint else None, device)
@@ -149,17 +218,26 @@ def _run(
         _loop(trainers, stream, config, run, log, first)
     finally:
         stream.close()
+    rules = [None if t.bias is None else t.bias.record(config.steps) for t in trainers]
+    for t, rule in zip(trainers, rules, strict=True):
+        if rule is not None and (line := gba_warning(t.cfg.label, rule)) is not None:
+            print(line, file=sys.stderr, flush=True)
     results = []
-    check = _sample(source, config, device) if any(t.checks_threshold for t in trainers) else None
+    check = _sample(source, config, device) if any(t.checks_rows for t in trainers) else None
     for i, t in enumerate(trainers):
-        sae = t.finish(check)
+        sae = t.finish(None if check is None else check.x)
+        own = [r for r in log.rows if r["sae"] == i]
+        sae.conventions = of_training(source, config.skip, own[-1]["l0"] if own else None)
         path = sae.save(run / _folder(i, t.cfg)) if run is not None else None
-        results.append(TrainResult(sae, path, [r for r in log.rows if r["sae"] == i]))
+        if path is not None and t.aip is not None:
+            t.aip.save(path)
+        results.append(TrainResult(sae, path, own))
     if run is not None:
         wall = record | {
             "status": "finished",
             "step": config.steps,
             "provenance": provenance(started=started),
+            "bias_rules": rules,
         }
         write_json(
             run / "run.json", wall | {"device": str(device), "screen": [t.screen.state() for t in trainers]}
@@ -168,22 +246,35 @@ def _run(
     return results
 
 
-def _sample(source: Source, config: TrainConfig, device: torch.device) -> Tensor:
+def _sample(source: Source, config: TrainConfig, device: torch.device) -> Rows:
     """The first SAMPLE_ROWS rows of a stream of its own, so that training sees the data from its start."""
     stream = source.stream(config, None, device)
-    rows: list[Tensor] = []
+    xs: list[Tensor] = []
+    targets: list[Tensor] = []
     try:
-        for x in stream:
-            rows.append(x.clone())
-            if sum(map(len, rows)) >= SAMPLE_ROWS:
+        for batch in stream:
+            xs.append(batch.x.clone())
+            if batch.target is not None:
+                targets.append(batch.target.clone())
+            if sum(map(len, xs)) >= SAMPLE_ROWS:
                 break
     finally:
         stream.close()
-    return torch.cat(rows)
+    return Rows(torch.cat(xs), torch.cat(targets) if targets else None)
+
+
+def _second_moment(source: Source, config: TrainConfig, device: torch.device) -> SecondMoment:
+    """Of the first rows of a stream of its own; what comes of it stands in the checkpoints."""
+    stream = source.stream(config, None, device)
+    try:
+        wanted = estimate_rows(source.d_model, source.moments(config).n)
+        return second_moment((batch.x for batch in stream), source.d_model, wanted)
+    finally:
+        stream.close()
 
 
 def _loop(
-    trainers: list[Trainer], stream: Any, config: TrainConfig, run: Path | None, log: _Metrics, first: int
+    trainers: list[Trainer], stream: Any, config: TrainConfig, run: Path | None, log: MetricsLog, first: int
 ) -> None:
     """The training loop: every SAE takes the same batch; metrics, checkpoints and interrupts hang on its outside."""
     saved, start = time.monotonic(), time.monotonic()
@@ -195,11 +286,11 @@ def _loop(
         ) as bar,
     ):
         for step in range(first, config.steps):
-            x = next(batches)
+            rows = next(batches)
             for t in trainers:
-                t.step(x, step)
+                t.step(rows.x, step, rows.target)
             done = step + 1
-            bar.advance(len(x))
+            bar.advance(len(rows.x))
             if done % config.log_every == 0 or done == config.steps:
                 rate = (done - first) * config.batch_size / (time.monotonic() - start)
                 _log(trainers, config, step, rate, log, bar, run)
@@ -212,7 +303,7 @@ def _loop(
 
 
 def _save(
-    trainers: list[Trainer], stream: Any, config: TrainConfig, run: Path, log: _Metrics, done: int
+    trainers: list[Trainer], stream: Any, config: TrainConfig, run: Path, log: MetricsLog, done: int
 ) -> None:
     """A checkpoint after `done` steps; never of a state that has gone wrong since the last logged step."""
     for t in trainers:
@@ -226,7 +317,7 @@ def _save(
 def _not_finite(what: str, step: int, t: Trainer, config: TrainConfig, run: Path | None) -> DataError:
     return DataError(
         f"{what} is not finite at step {step} of SAE {t.cfg.label}: lower lr "
-        f"(now {config.peak_lr(t.cfg.d_sae):.2g}); last good state: {_last_good(run)}"
+        f"(now {config.peak_lr(t.cfg.d_sae, t.cfg.lr):.2g}); last good state: {_last_good(run)}"
     )
 
 
@@ -235,7 +326,7 @@ def _log(
     config: TrainConfig,
     step: int,
     rate: float,
-    log: _Metrics,
+    log: MetricsLog,
     bar: Bar,
     run: Path | None,
 ) -> None:
@@ -244,7 +335,7 @@ def _log(
         bad = [k for k, v in row.items() if not v < float("inf")]
         if bad:
             raise _not_finite(", ".join(bad), step + 1, t, config, run)
-        lr = config.lr_at(step, t.cfg.d_sae)
+        lr = config.lr_at(step, t.cfg.d_sae, t.cfg.lr)
         log.add(
             {"sae": i, "step": step + 1, "tokens": (step + 1) * config.batch_size, "lr": lr, "rate": rate}
             | row
@@ -271,37 +362,6 @@ def _record(source: Source, configs: list[SAEConfig], config: TrainConfig) -> di
 
 def _folder(i: int, cfg: SAEConfig) -> str:
     return f"{i}-{cfg.label}"
-
-
-class _Metrics:
-    """Rows of metrics, written as Parquet parts together with the checkpoints they belong to."""
-
-    def __init__(self, run: Path | None) -> None:
-        self._folder = run / "metrics" if run is not None else None
-        self.rows: list[dict[str, Any]] = []
-        self._written = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def keep_until(self, step: int) -> None:
-        """Read the parts of an earlier start up to its checkpoint; later parts belong to steps that run again."""
-        if self._folder is None:
-            return
-        for part in sorted(self._folder.glob("part-*.parquet")):
-            if int(part.stem.removeprefix("part-")) > step:
-                part.unlink()
-            else:
-                self.rows += pq.read_table(part).to_pylist()
-        self._written = len(self.rows)
-
-    def flush(self, step: int) -> None:
-        new = self.rows[self._written :]
-        if self._folder is None or not new:
-            return
-        with atomic_file(self._folder / f"part-{step:08d}.parquet") as tmp:
-            pq.write_table(pa.Table.from_pylist(new), tmp)
-        self._written = len(self.rows)
 
 
 @contextmanager

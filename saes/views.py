@@ -64,14 +64,12 @@ def views(workspace: Path) -> list[str]:
         *attach,
         create_view("runs", values_sql(_RUNS, _runs(workspace))),
         create_view("metrics", _metrics_sql(workspace)),
-        create_view(
-            "evaluations", _parquet_sql(sorted(workspace.glob("evaluations/*.parquet")), _EVALUATIONS)
-        ),
+        create_view("evaluations", _evaluations_sql(sorted(workspace.glob("evaluations/*.parquet")))),
         create_view("labels", values_sql(_LABELS, list(current_labels(workspace).values()))),
         create_view("features", _index_sql("feature", _FEATURES, metas)),
         create_view("feature_examples", _index_sql("feature_example", _EXAMPLES, metas)),
         create_view("proxies", _proxies_sql(indexes)),
-        create_view("feature_tokens", _index_sql("token_feature", _TOKENS, metas)),
+        create_view("feature_tokens", _tokens_sql(metas)),
     ]
 
 
@@ -113,11 +111,17 @@ def _metrics_sql(workspace: Path) -> str:
     return " UNION ALL ".join(parts) if parts else _empty(_METRICS)
 
 
-def _parquet_sql(files: list[Path], columns: dict[str, str]) -> str:
+def _evaluations_sql(files: list[Path]) -> str:
     if not files:
-        return _empty(columns)
-    casts = ", ".join(f"{c}::{t} AS {c}" for c, t in columns.items())
-    return f"SELECT {casts} FROM read_parquet([{', '.join(literal(f) for f in files)}], union_by_name = true)"
+        return _empty(_EVALUATIONS)
+    casts = ", ".join(f"{c}::{t} AS {c}" for c, t in _EVALUATIONS.items() if c != "subject")
+    # `random` is what `untrained` was called before; a file that was written twice may hold both
+    name = "CASE subject WHEN 'random' THEN 'untrained' ELSE subject END"
+    return (
+        f"SELECT {name} AS subject, {casts} FROM read_parquet([{', '.join(literal(f) for f in files)}], "
+        f"union_by_name = true) QUALIFY subject <> 'random' OR NOT bool_or(subject = 'untrained') "
+        f"OVER (PARTITION BY sae_id, store, metric)"
+    )
 
 
 def _proxies_sql(indexes: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -132,10 +136,23 @@ def _proxies_sql(indexes: list[tuple[Path, dict[str, Any]]]) -> str:
     return " UNION ALL ".join(parts) if parts else _empty(_PROXIES)
 
 
+def _tokens_sql(metas: list[dict[str, Any]]) -> str:
+    """Features of every token, added up from the firings (an index holds them for frequent tokens only)."""
+    if not metas:
+        return _empty(_TOKENS)
+    return " UNION ALL ".join(
+        f"SELECT {literal(m['sae_id'])} AS sae_id, {literal(m['store'])} AS store, {literal(m['corpus'])} AS corpus, "
+        "t.tok, a.feature, count(*) AS n, greatest(max(a.value), 0) AS max_act, least(min(a.value), 0) AS min_act, "
+        f"sum(abs(a.value)) AS mass FROM features_{i}.activation a "
+        f"JOIN (SELECT row, tok FROM tokens WHERE corpus = {literal(m['corpus'])}) t USING (row) GROUP BY t.tok, a.feature"
+        for i, m in enumerate(metas)
+    )
+
+
 def _index_sql(table: str, columns: dict[str, str], metas: list[dict[str, Any]]) -> str:
     if not metas:
         return _empty(columns)
-    rest = ", ".join(c for c in columns if c not in ("sae_id", "store", "corpus"))
+    rest = ", ".join(f"{c}::{t} AS {c}" for c, t in columns.items() if c not in ("sae_id", "store", "corpus"))
     return " UNION ALL ".join(
         f"SELECT {literal(m['sae_id'])} AS sae_id, {literal(m['store'])} AS store, {literal(m['corpus'])} AS corpus, "
         f"{rest} FROM features_{i}.{table}"

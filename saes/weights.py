@@ -27,10 +27,12 @@ def weight_statistics(sae: SAE, *, sample: int = SAMPLE, seed: int = 0) -> dict[
         "enc_norm": torch.linalg.vector_norm(w_enc, dim=1),
         "dec_norm": torch.linalg.vector_norm(w_dec, dim=1),
         "b_enc": sae.b_enc.detach().float(),
-        "cos_enc_dec": torch.nn.functional.cosine_similarity(w_enc, w_dec, dim=1),
         "max_dec_cos": max_cosine(w_dec, rows.to(w_dec.device), signed=sae.cfg.signed),
         "max_enc_cos": max_cosine(w_enc, rows.to(w_enc.device), signed=sae.cfg.signed),
     }
+    if not sae.cfg.transcoder:
+        # a transcoder's two sides live in different spaces
+        out["cos_enc_dec"] = torch.nn.functional.cosine_similarity(w_enc, w_dec, dim=1)
     return {name: value.double().cpu().numpy() for name, value in out.items()}
 
 

@@ -43,11 +43,14 @@ class Direction:
 
     @classmethod
     def from_sae_feature(cls, sae: Any, feature: int, sign: int = 1) -> Direction:
-        """The decoder row of one feature, turned to the pole `sign`."""
+        """The decoder row of one feature, turned to the pole `sign`; of a transcoder, as a plain vector where it writes."""
         d_sae = sae.W_dec.shape[0]
         if not 0 <= feature < d_sae:
             raise UsageError(f"feature {feature} does not exist: this SAE has features 0 to {d_sae - 1}")
         unit, scale = _normalise(sae.W_dec[feature].detach(), f"the decoder row of feature {feature}")
+        if sae.cfg.transcoder:
+            # its code is made from another hook, so an edit at this one cannot read it
+            return cls(hook=sae.cfg.out_hook, vector=unit * sign, scale=scale, sign=sign)
         return cls(
             hook=sae.cfg.hook, vector=unit * sign, scale=scale, sign=sign, feature=int(feature), sae=sae
         )

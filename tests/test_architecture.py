@@ -51,4 +51,9 @@ def test_nothing_unpickles() -> None:
     for layer in LAYERS:
         for path in (ROOT / layer).rglob("*.py"):
             assert not imported(path) & {"pickle", "joblib", "dill", "cloudpickle"}, path
-            assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+            text = path.read_text(encoding="utf-8")
+            if path.relative_to(ROOT).as_posix() == "saes/foreign/convert.py":
+                # `atomscope sae convert`: the user's explicit order, tensors only
+                assert text.count("torch.load(") == text.count("weights_only=True)") == 1
+                continue
+            assert "torch.load(" not in text, path

@@ -236,6 +236,7 @@ def test_every_command_has_help() -> None:
         "feature show",
         "feature proxies",
         "compare",
+        "atoms",
         "labels explain",
         "steer",
         "app",

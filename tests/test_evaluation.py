@@ -214,7 +214,7 @@ def test_a_smaller_evaluation_keeps_what_it_did_not_measure(tmp_path: Path) -> N
     sae = zero_sae(8, HOOK)
     evaluate(sae, store)
     again = evaluate(sae, store, controls=False)
-    assert {"sae", "pca-2", "untrained"} <= set(again.table().columns)
+    assert {"sae", "pca-2", "untrained", "initial"} <= set(again.table().columns)
     kept = load_evaluation(sae, store)
     assert kept is not None and len(kept.rows) == len(again.rows)
 
@@ -223,7 +223,7 @@ def test_evaluation_writes_controls_beside_the_sae(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [40] * 40, d=8)
     sae = zero_sae(8, HOOK)
     result = evaluate(sae, store)
-    assert set(result.table().columns) == {"sae", "pca-2", "untrained"}
+    assert set(result.table().columns) == {"sae", "pca-2", "untrained", "initial"}
     mean = store.stats(HOOK, split="heldout").mean
     x = store.rows(HOOK, where="split = 1 and pos > 0").double()
     want = (x**2).sum() / ((x - torch.as_tensor(mean)) ** 2).sum()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cache import connect
 from cache.errors import DataError, MissingDataError, UsageError
 from cache.workspace import read_json
-from saes import code_files, indexing
+from saes import code_files, encoding, feature_file
 from saes.code_files import Part
 from saes.config import SAEConfig
 from saes.indexing import build_index
@@ -184,7 +184,7 @@ def test_a_killed_build_goes_on_at_its_next_shard_and_an_old_index_stays_readabl
     tmp_path: Path, monkeypatch
 ) -> None:
     store, _ = make_store(tmp_path, LENGTHS, d=D)
-    sae, real, written = make_sae(), indexing.write_codes, []
+    sae, real, written = make_sae(), encoding.write_codes, []
 
     def stop_at_third(folder, shard, *rest):
         if len(written) == 2:
@@ -192,13 +192,13 @@ def test_a_killed_build_goes_on_at_its_next_shard_and_an_old_index_stays_readabl
         written.append(shard)
         real(folder, shard, *rest)
 
-    monkeypatch.setattr(indexing, "write_codes", stop_at_third)
+    monkeypatch.setattr(encoding, "write_codes", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         build_index(sae, store)
     with pytest.raises(MissingDataError):
         FeatureIndex.open(tmp_path)
     monkeypatch.setattr(
-        indexing, "write_codes", lambda folder, shard, *r: (written.append(shard), real(folder, shard, *r))
+        encoding, "write_codes", lambda folder, shard, *r: (written.append(shard), real(folder, shard, *r))
     )
     folder = build_index(sae, store)
     assert sorted(written) == list(range(len(store.shards)))
@@ -230,12 +230,12 @@ def test_codes_of_varying_l0_come_back_row_by_row(
 
     rows = 2 * len(counts) + 1
     code_files.write_varying(tmp_path, 0, 1000, rows, parts, 99)
-    blocks = list(code_files.read_codes(tmp_path, 1))
+    blocks = list(code_files.read_codes(tmp_path, [0]))
     got = [np.concatenate(column) for column in zip(*blocks, strict=True)]
     assert got[0].tolist() == (1000 + at.repeat(counts)).tolist()
     assert got[1].tolist() == ids.tolist() and got[2].tolist() == values.tolist()
     assert max(len(b.ids) for b in blocks) <= size[0] * size[1]
-    assert code_files.encoded_rows(tmp_path, 1) == len(counts)
+    assert code_files.encoded_rows(tmp_path, [0]) == len(counts)
 
 
 def test_codes_too_large_for_float16_are_kept_in_float32(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_codes_too_large_for_float16_are_kept_in_float32(tmp_path: Path) -> None
         np.array([0, 1]), np.array([1, 2]), np.array([3, 4, 5]), np.array([1.5, 7e5, -2.0], np.float32)
     )
     code_files.write_varying(tmp_path, 0, 0, 2, lambda: [part], 99)
-    (block,) = code_files.read_codes(tmp_path, 1)
+    (block,) = code_files.read_codes(tmp_path, [0])
     assert block.values.tolist() == [1.5, 7e5, -2.0]
     assert read_json(tmp_path / "shard-00000.json")["values"] == "float32"
 
@@ -280,7 +280,7 @@ def test_small_blocks_give_the_same_index(activation: str, tmp_path: Path, monke
     store, _ = make_store(tmp_path / "a", LENGTHS, d=D)
     other, _ = make_store(tmp_path / "b", LENGTHS, d=D)
     build_index(make_sae(activation), store)
-    monkeypatch.setattr(indexing, "BLOCK_FIRINGS", 40)
+    monkeypatch.setattr(feature_file, "BLOCK_FIRINGS", 40)
     monkeypatch.setattr(code_files, "BLOCK", 4)
     monkeypatch.setattr(code_files, "GROUP_BLOCKS", 3)
     build_index(make_sae(activation), other)

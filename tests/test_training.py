@@ -50,6 +50,17 @@ def test_planted_atoms_are_found(preset) -> None:
     assert abs(result.metrics[-1]["fvu"] - fvu.item()) < 0.05
 
 
+@pytest.mark.parametrize("preset", [abs_topk, batch_abs_topk])
+def test_the_plus_pole_of_a_saved_two_sided_latent_has_the_larger_activations(preset, tmp_path: Path) -> None:
+    """(w, b_enc, d) flip together: without a fixed gauge, labels and steering would mean either pole by chance."""
+    x, _ = planted(4096)
+    config = TrainConfig(steps=40, batch_size=256, lr=3e-3, warmup_steps=5, screen="off")
+    result = train(x, [preset(d_sae=64, k=3)], config, workspace=tmp_path)[0]
+    codes = SAE.load(result.path).encode(x).dense(64)
+    assert (codes < 0).any() and (codes.double().sum(0) >= 0).all()
+    torch.testing.assert_close(SAE.load(result.path)(x), result.sae(x))
+
+
 def test_every_step_keeps_decoder_rows_unit_and_the_gradient_tangent() -> None:
     x, _ = planted(2000)
     source, config = TensorSource(x), TrainConfig(steps=50, batch_size=128, screen="off")
@@ -92,7 +103,7 @@ def test_dead_latents_are_revived_by_auxk() -> None:
             t.sae.b_enc[:96] -= 6.0
         stream = iter(source.stream(config, None, CPU))
         for step in range(400):
-            t.step(next(stream), step)
+            t.step(next(stream).x, step)
         t.refresh_dead()
         return t.n_dead
 
@@ -209,11 +220,11 @@ def test_a_state_gone_wrong_between_two_logged_steps_is_never_saved(tmp_path: Pa
     config = TrainConfig(steps=60, batch_size=64, screen="off", log_every=60, checkpoint_seconds=-1.0)
     real = Trainer.step
 
-    def poisoned(self, x, step):
+    def poisoned(self, x, step, *target):
         if step == 20:
             with torch.no_grad():
                 self.sae.W_enc[0, 0] = float("nan")
-        real(self, x, step)
+        real(self, x, step, *target)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     with pytest.raises(DataError, match="not finite"):

@@ -16,7 +16,7 @@ from cache.errors import AtomscopeError
 from saes.compare import find_comparisons, frontier, read_matching, stability
 
 ROWS = 200
-SUBJECTS = {"random": "untrained dictionary", "untrained": "untrained dictionary"}
+SUBJECTS = {"untrained": "untrained dictionary", "initial": "itself before training"}
 METHODS = {"hungarian": "one to one", "mutual": "mutual nearest"}
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from app import figures, state
+from app.atom_table import HEAD, PREFIX, atom_table
 from app.catalogue import Catalogue, measure_table, read_catalogue
 from cache.errors import AtomscopeError
 
@@ -18,7 +19,7 @@ MEASURES = {
     "ce_recovered_mean": "CE recovered",
     "delta_ce": "ΔCE, nats",
 }
-SUBJECTS = {"sae": "SAE", "untrained": "untrained dictionary", "random": "untrained dictionary"}
+SUBJECTS = {"sae": "SAE", "untrained": "untrained dictionary", "initial": "itself before training"}
 
 
 def summary(c: Catalogue, indexed: int) -> None:
@@ -78,7 +79,29 @@ def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
     state.muted(
         f"FVU, L0 and cosine on held-out documents, {int(n.get('fvu', 0)):,} tokens; ΔCE on {int(n.get('delta_ce', 0)):,} "
         "tokens with the hook's output replaced by the reconstruction. Share recovered is against the train mean. "
-        "Controls: PCA of the same rank, and an untrained dictionary: random unit atoms, the same L0."
+        "Controls: PCA of the same rank; an untrained dictionary: random unit atoms, the same L0; and the SAE itself before "
+        "its first step."
+    )
+
+
+def atoms(c: Catalogue, metas: list[dict[str, Any]]) -> None:
+    """SAEs whose decoder rows were measured as threshold atoms; nothing where none was."""
+    names = {m["sae_id"]: f"{state.sae_name(m)} ({m['sae_id'][:6]})" for m in metas}
+    rows = []
+    for sae_id, part in c.measures[c.measures["subject"].str.startswith(PREFIX)].groupby(
+        "sae_id", sort=False
+    ):
+        name = names.get(str(sae_id), str(sae_id))
+        table = atom_table(part.to_dict("records"))
+        rows += [(name if i == 0 else "", *cells) for i, cells in enumerate(table)]
+    if not rows:
+        return
+    st.subheader("Their decoder rows as atoms", anchor=False)
+    st.html(figures.table(("SAE", "subject", *HEAD[1:]), rows, text=2))
+    state.muted(
+        "Coherence in the atomic inner product of the train rows. q* is nearly a function of L0: its excess over random unit "
+        "atoms and over a tight frame of the same shape at the same L0s is the figure. R² of train and held-out documents without "
+        "attention sinks; pursuit: the dictionary alone, coded by matching pursuit; ℓ₁: codes that basis pursuit recovers."
     )
 
 
@@ -139,6 +162,7 @@ def page() -> None:
     summary(c, len(metas))
     saes(c)
     evaluations(c, metas)
+    atoms(c, metas)
     data(c)
 
 

@@ -1,0 +1,86 @@
+"""What a reader hands over, and the checks that all readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cache.errors import DataError, MissingDataError
+from saes.conventions import Conventions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is known about an SAE beside its files: from sae-lens's directory of releases, or from the caller."""
+
+    reference: str = ""
+    """release:id."""
+    where: str = ""
+    """Repository and folder, from which some formats read layer and model."""
+    model: str = ""
+    l0: float | None = None
+    fvu: float | None = None
+    norm_factor: float | None = None
+    """Factor on the rows in training, where the files leave it out."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys that replace those of a SAELens cfg.json."""
+
+
+class Found(NamedTuple):
+    """One SAE of a foreign format, folded."""
+
+    config: dict[str, Any]
+    """Fields of `SAEConfig`, less d_sae and d_model."""
+    tensors: dict[str, Tensor]
+    """float32, by their names in memory."""
+    conventions: Conventions
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], path: Path) -> None:
+    """A key that this version does not know may change what the SAE computes."""
+    unknown = sorted(set(keys) - set(known))
+    if unknown:
+        raise DataError(
+            f"{path} has unknown keys {', '.join(unknown)}: refused, they may change what the SAE computes"
+        )
+
+
+def refuse_values(raw: dict[str, Any], allowed: dict[str, tuple[Any, ...]], path: Path) -> None:
+    """Keys whose other values mean another computation."""
+    for key, values in allowed.items():
+        if key in raw and raw[key] not in values:
+            raise DataError(f"{path} has {key}={raw[key]!r}: this version reads only {values[0]!r}")
+
+
+def read_safetensors(path: Path, names: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Exactly the tensors `names`, and those of `optional` that are there, as float32."""
+    wanted, may = set(names), set(optional)
+    try:
+        with safe_open(path, framework="pt") as f:
+            held = set(f.keys())
+            if not wanted <= held or held - wanted - may:
+                raise DataError(f"{path} holds {sorted(held)}, expected {sorted(wanted)}")
+            return {n: f.get_tensor(n).float() for n in held}
+    except FileNotFoundError as e:
+        raise MissingDataError(f"{path} does not exist: the SAE folder is incomplete") from e
+    except SafetensorError as e:
+        raise DataError(f"{path} is not a readable safetensors file ({e}): fetch the SAE again") from e
+
+
+def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Shapes that belong together, and finite values."""
+    d_sae, d_model = tensors["W_enc"].shape if tensors["W_enc"].ndim == 2 else (0, 0)
+    want = {"W_enc": (d_sae, d_model), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
+    for name, t in tensors.items():
+        if tuple(t.shape) != want.get(name, (d_sae,)) or not t.numel():
+            raise DataError(
+                f"{path}: {name} has shape {tuple(t.shape)}, expected {want.get(name, (d_sae,))} beside the others"
+            )
+        if not torch.isfinite(t).all():
+            raise DataError(f"{path}: {name} holds NaN or infinite values")

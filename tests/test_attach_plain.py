@@ -1,0 +1,202 @@
+"""SAEs in plain Hugging Face models: the same splice as through TransformerLens, at every hook, on two families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache.backend_tl import TransformerLensBackend
+from cache.errors import DataError, UsageError
+from cache.hooks import module_sites, probe_tokens
+from cache.plain_model import PlainModel
+from saes.codes import Codes
+from saes.config import SAEConfig
+from saes.conventions import Conventions
+from saes.sae import SAE
+from saes.splice import attach
+from tests.tiny import tiny_tokenizer
+
+D, VOCAB = 32, 60
+
+
+def make_model(family: str) -> Any:
+    import transformers as t
+
+    shared = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if family == "llama":
+            config = t.LlamaConfig(
+                hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, initializer_range=0.2, **shared,
+            )  # fmt: skip
+            return t.LlamaForCausalLM(config).eval().requires_grad_(False)
+        config = t.GPT2Config(n_embd=D, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **shared)
+        return t.GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def hf(request) -> Any:
+    return make_model(request.param)
+
+
+def make_sae(hook: str, d: int = D, activation: str = "topk", seed: int = 0) -> SAE:
+    k = 5 if activation == "topk" else 0
+    sae = SAE(SAEConfig(d_sae=3 * d, k=k, activation=activation, d_model=d, hook=hook))
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(torch.randn(p.shape, generator=gen) * 0.3)
+    return sae.requires_grad_(False)
+
+
+def tokens(n: int = 9) -> Tensor:
+    return torch.randint(0, VOCAB, (2, n), generator=torch.Generator().manual_seed(5))
+
+
+def hooks_of(model: Any) -> list[str]:
+    return PlainModel(model).hook_names()
+
+
+def test_an_unedited_splice_with_the_error_term_is_bit_identical_at_every_hook_at_once(hf) -> None:
+    plain = PlainModel(hf)
+    saes = {h: make_sae(h, plain.d_hook(h)) for h in plain.hook_names()}
+    clean = hf(tokens()).logits
+    for grad in (torch.no_grad(), torch.enable_grad()):
+        with grad, attach(hf, saes) as a:
+            assert torch.equal(hf(tokens()).logits, clean)
+        assert set(a.codes) == set(saes)
+        assert all(len(c.values) == 2 * 8 for c in a.codes.values())
+    assert torch.equal(hf(tokens()).logits, clean)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+
+
+@pytest.mark.parametrize("error", [True, False, "detached"])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_the_splice_equals_that_of_transformer_lens(error: Any, activation: str) -> None:
+    """Values of codes, logits and gradients, with edits at two hooks, one of them past the residual's branch."""
+    hooks = ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"]
+    saes = {h: make_sae(h, activation=activation, seed=i) for i, h in enumerate(hooks)}
+    got = {}
+    for kind in ("plain", "bridge"):
+        model = make_model("llama")
+        spliced: Any = model if kind == "plain" else Bridged(model)
+        with attach(spliced, saes, error=error) as a:
+            a.edit(hooks[0], lambda c: Codes(c.values * 2, c.indices, c.offsets))
+            logits = model(tokens()).logits
+            logits[:, -1].logsumexp(-1).sum().backward()
+        got[kind] = (logits.detach(), [a.codes[h] for h in hooks])
+    torch.testing.assert_close(got["plain"][0], got["bridge"][0], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(got["plain"][1], got["bridge"][1]):
+        assert torch.equal(ours.indices, theirs.indices)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-5, atol=1e-5)
+        assert theirs.values.grad is not None and theirs.values.grad.abs().sum() > 0
+        torch.testing.assert_close(ours.values.grad, theirs.values.grad, rtol=1e-4, atol=1e-6)
+
+
+class Bridged:
+    """The TransformerLens backend of `LanguageModel` over a model that has no files."""
+
+    name, identity = "bridged", {}
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        self.backend = _backend(hf)
+        hf.requires_grad_(False)
+
+    def check_hook(self, name: str) -> None:
+        assert name in self.backend.dims
+
+    def d_hook(self, name: str) -> int:
+        return self.backend.dims[name]
+
+    def hooked(self, edits: Any) -> Any:
+        return self.backend.hooked(edits)
+
+
+def _backend(hf: Any) -> TransformerLensBackend:
+    hf.config.architectures = [type(hf).__name__]
+    return TransformerLensBackend(hf, "tiny", tiny_tokenizer(), probe_tokens(VOCAB, torch.device("cpu")))
+
+
+def test_edits_without_the_error_term_pass_on_the_edited_reconstruction(hf) -> None:
+    hook = "blocks.1.hook_resid_post"
+    sae, seen = make_sae(hook), {}
+    module = hf.get_submodule(module_sites(hf)[hook].path)
+
+    def tensor(out: Any) -> Tensor:
+        return out[0] if isinstance(out, tuple) else out
+
+    def keep(name: str) -> Any:
+        return lambda _, __, out: seen.__setitem__(name, tensor(out))
+
+    with torch.no_grad():
+        before = module.register_forward_hook(keep("x"))
+        hf(tokens())
+        before.remove()
+        with attach(hf, {hook: sae}, error=False) as a:
+            a.edit(hook, lambda c: Codes(c.values.clamp(max=0.5), c.indices, c.offsets))
+            after = module.register_forward_hook(keep("y"))
+            hf(tokens())
+            after.remove()
+    codes = sae.encode(seen["x"][:, 1:])
+    want = sae.decode(Codes(codes.values.clamp(max=0.5), codes.indices, codes.offsets)).view(2, 8, D)
+    torch.testing.assert_close(seen["y"][:, 1:], want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(seen["y"][:, :1], seen["x"][:, :1])
+
+
+def test_position_0_is_spliced_where_the_sae_was_trained_on_it(hf) -> None:
+    hook = "blocks.0.hook_resid_post"
+    sae = make_sae(hook)
+    for convention, argument, rows in (
+        (None, None, 16),
+        (True, None, 16),
+        (False, None, 18),
+        (False, True, 16),
+    ):
+        sae.conventions = Conventions(skip_first=convention)
+        with torch.no_grad(), attach(hf, {hook: sae}, skip_first=argument) as a:
+            hf(tokens())
+        assert len(a.codes[hook].values) == rows
+
+
+def test_generation_with_a_cache_splices_every_new_token(hf) -> None:
+    """The first token of a continued pass is not position 0; without a cache the text is the same."""
+    hook = "blocks.1.hook_resid_pre"
+    sae, prompt = make_sae(hook), tokens(4)[:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad(), attach(hf, {hook: sae}, error=False) as a:
+        cached = hf.generate(prompt, use_cache=True, **options)
+        assert a.continues and len(a.codes[hook].values) == 1
+        plain = prompt
+        for _ in range(6):
+            plain = torch.cat([plain, hf(plain, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(cached, plain)
+    assert not torch.equal(cached, hf.generate(prompt, use_cache=True, **options))
+
+
+def test_bfloat16_models_keep_their_values_bit_for_bit() -> None:
+    model = make_model("llama").to(torch.bfloat16)
+    hook = "blocks.0.hook_resid_post"
+    clean = model(tokens()).logits
+    with attach(model, {hook: make_sae(hook)}):
+        assert torch.equal(model(tokens()).logits, clean)
+
+
+def test_wrong_hooks_widths_and_modules_are_one_line(hf) -> None:
+    hook = "blocks.0.hook_resid_post"
+    with (
+        pytest.raises(UsageError, match="did you mean"),
+        attach(hf, {"blocks.0.hook_resid_pst": make_sae(hook)}),
+    ):
+        pass
+    with pytest.raises(DataError, match="d_model=5"), attach(hf, {hook: make_sae(hook, 5)}):
+        pass
+    with (
+        pytest.raises(UsageError, match="load_module"),
+        attach(torch.nn.Linear(3, 3), {hook: make_sae(hook)}),
+    ):
+        pass

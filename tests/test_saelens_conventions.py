@@ -1,0 +1,205 @@
+"""Conventions of SAELens's folders are applied or refused: what sae-lens computes on the rows is what we compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cache.errors import DataError
+from saes.config import TrainConfig
+from saes.conventions import Conventions
+from saes.presets import topk
+from saes.sae import SAE
+from saes.training import train
+from tests.corpora import make_store
+from tests.test_sae_files import D, F, K, _theirs, make_sae
+
+sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
+ARCHITECTURES = ["topk", "abstopk", "jumprelu", "standard", "gated"]
+
+
+def rows(n: int = 24) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+
+def changed(path: Path, **keys) -> Path:
+    cfg = json.loads((path / "cfg.json").read_text())
+    (path / "cfg.json").write_text(json.dumps(cfg | keys))
+    return path
+
+
+def written(architecture: str, path: Path, **keys) -> Path:
+    theirs = _theirs(architecture)
+    if architecture == "jumprelu":
+        theirs.threshold.data.abs_()
+    theirs.save_model(path)
+    return changed(path, **keys)
+
+
+def same(ours: SAE, theirs, x: torch.Tensor) -> None:
+    torch.testing.assert_close(ours.encode(x).dense(F), theirs.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_encoder_that_does_not_subtract_b_dec_gives_the_same_codes(
+    architecture: str, tmp_path: Path
+) -> None:
+    path = written(architecture, tmp_path / "sae", apply_b_dec_to_input=False)
+    theirs = sae_lens.SAE.load_from_disk(str(path))
+    assert theirs.cfg.apply_b_dec_to_input is False
+    same(SAE.load(path), theirs, rows())
+    again = SAE.load(SAE.load(path).save(tmp_path / "again"))
+    same(again, theirs, rows())
+    same(again, sae_lens.SAE.load_from_disk(str(tmp_path / "again")), rows())
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abstopk"])
+def test_selection_by_decoder_norm_gives_the_same_codes(architecture: str, tmp_path: Path) -> None:
+    path = written(architecture, tmp_path / "sae", rescale_acts_by_decoder_norm=True)
+    same(SAE.load(path), sae_lens.SAE.load_from_disk(str(path)), rows())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("subtracted", [True, False])
+def test_an_input_factor_is_folded_as_sae_lens_folds_it(
+    architecture: str, subtracted: bool, tmp_path: Path
+) -> None:
+    path = written(
+        architecture, tmp_path / "sae",
+        normalize_activations="expected_average_only_in", apply_b_dec_to_input=subtracted,
+    )  # fmt: skip
+    theirs = sae_lens.SAE.load_from_disk(str(path))
+    theirs.fold_activation_norm_scaling_factor(0.3)
+    same(SAE.load(path, norm_factor=0.3), theirs, rows())
+    with pytest.raises(DataError, match="norm_factor"):
+        SAE.load(path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_centred_writing_weights_are_folded_into_the_encoder(architecture: str, tmp_path: Path) -> None:
+    """The SAE saw rows with mean 0 over d_model; ours takes the rows of the plain model."""
+    path = written(
+        architecture, tmp_path / "sae",
+        metadata={"hook_name": "blocks.1.hook_resid_pre", "model_from_pretrained_kwargs": {"center_writing_weights": True}},
+    )  # fmt: skip
+    theirs, ours, x = sae_lens.SAE.load_from_disk(str(path)), SAE.load(path), rows()
+    centred = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(ours.encode(x).dense(F), theirs.encode(centred), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(centred), rtol=1e-4, atol=1e-4)
+    assert ours.conventions.centred
+    again = SAE.load(ours.save(tmp_path / "again"))
+    assert again.conventions == ours.conventions
+    torch.testing.assert_close(again(x), ours(x), rtol=1e-5, atol=1e-5)
+
+
+LEGACY = {
+    "model_name": "gpt2-small", "hook_point": "blocks.1.hook_resid_pre", "hook_point_layer": 1,
+    "hook_point_head_index": None, "prepend_bos": True, "context_size": 128, "dataset_path": "Skylion007/openwebtext",
+    "is_dataset_tokenized": False, "lr": 4e-4, "l1_coefficient": 8e-5, "expansion_factor": 3, "d_in": D, "d_sae": F,
+    "dtype": "torch.float32", "device": "cpu", "use_ghost_grads": False, "normalize_activations": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_folder_from_before_version_6_loads_as_what_it_is(kind: str, tmp_path: Path) -> None:
+    """TopK was once written as `standard`: loaded as ReLU it fires on half of all latents, silently."""
+    path = written("standard", tmp_path / "sae")
+    legacy = LEGACY | (
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}} if kind == "topk" else {}
+    )
+    (path / "cfg.json").write_text(json.dumps(legacy))
+    ours = SAE.load(path)
+    same(ours, sae_lens.SAE.load_from_disk(str(path)), rows())
+    assert ours.cfg.activation == kind and ours.cfg.hook == "blocks.1.hook_resid_pre"
+    c = ours.conventions
+    assert (c.model, c.prepend_bos, c.context) == ("gpt2-small", True, 128) and "openwebtext" in c.dataset
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"normalize_activations": "layer_norm"}, "layer_norm"),
+        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
+        ({"reshape_activations": "hook_z", "metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "hook_z"),
+        ({"metadata": {"hook_head_index": 3}}, "head 3"),
+        ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+        ({"finetuning_scaling_factor": True}, "finetuning"),
+        ({"metadata": {"model_from_pretrained_kwargs": {"refactor_factored_attn_matrices": True}}}, "refactor"),
+        (
+            {"metadata": {"hook_name": "blocks.0.attn.hook_z", "model_from_pretrained_kwargs": {"fold_ln": True}}},
+            "fold_ln",
+        ),
+        ({"sharpness": 2}, "unknown keys sharpness"),
+    ],
+)  # fmt: skip
+def test_a_convention_that_cannot_be_applied_is_refused_in_one_line(
+    keys: dict, words: str, tmp_path: Path
+) -> None:
+    path = written("standard", tmp_path / "sae", **keys)
+    with pytest.raises(DataError, match=words) as e:
+        SAE.load(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("meta", "skip"),
+    [
+        ({"seqpos_slice": [1, None]}, True),
+        ({"seqpos_slice": [None]}, False),
+        ({"exclude_special_tokens": True, "prepend_bos": True}, True),
+        ({"exclude_first_position": False}, False),
+        ({}, None),
+    ],
+)
+def test_the_policy_of_position_0_comes_along(meta: dict, skip: bool | None, tmp_path: Path) -> None:
+    path = written("standard", tmp_path / "sae", metadata=meta)
+    assert SAE.load(path).conventions.skip_first is skip
+
+
+def test_heads_of_hook_z_are_joined_as_the_hooks_here_join_them(tmp_path: Path) -> None:
+    path = written(
+        "standard", tmp_path / "sae", reshape_activations="hook_z", metadata={"hook_name": "blocks.0.attn.hook_z"}
+    )  # fmt: skip
+    theirs, x = sae_lens.SAE.load_from_disk(str(path)), rows()
+    heads = x.view(len(x), 1, 4, D // 4)
+    torch.testing.assert_close(
+        SAE.load(path).encode(x).dense(F), theirs.encode(heads)[:, 0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_what_training_knows_of_its_store_stands_in_the_saved_folder(tmp_path: Path, monkeypatch) -> None:
+    """prepend_bos as it was, so that sae-lens feeds the model the same text."""
+    store, _ = make_store(tmp_path)
+    store.identity["prepend_bos"] = True
+    config = TrainConfig(steps=3, batch_size=8, screen="off")
+    result = train(store, [topk(d_sae=24, k=2)], config)[0]
+    meta = json.loads((result.path / "cfg.json").read_text())["metadata"]
+    assert meta["prepend_bos"] is True and meta["exclude_first_position"] is True
+    assert meta["context_size"] == store.corpus.context
+    loaded = SAE.load(result.path)
+    assert loaded.conventions == result.sae.conventions and loaded.conventions.l0 <= 2
+    assert sae_lens.SAE.load_from_disk(str(result.path)).cfg.metadata.prepend_bos is True
+
+
+def test_conventions_are_not_part_of_the_id(tmp_path: Path) -> None:
+    sae = make_sae()
+    before = sae.sae_id
+    sae.conventions = Conventions(prepend_bos=True, context=64, l0=4.0, fvu=0.2, source="somewhere")
+    assert sae.sae_id == before
+    again = SAE.load(sae.save(tmp_path / "sae"))
+    assert again.sae_id == before and again.conventions == sae.conventions
+
+
+def test_old_scaling_factors_of_one_are_dropped(tmp_path: Path) -> None:
+    path = written("standard", tmp_path / "sae")
+    weights = load_file(path / "sae_weights.safetensors")
+    save_file(weights | {"scaling_factor": torch.ones(F)}, path / "sae_weights.safetensors")
+    same(SAE.load(path), sae_lens.SAE.load_from_disk(str(written("standard", tmp_path / "plain"))), rows())
+    save_file(weights | {"scaling_factor": torch.full((F,), 2.0)}, path / "sae_weights.safetensors")
+    with pytest.raises(DataError, match="scaling_factor"):
+        SAE.load(path)
