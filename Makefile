@@ -8,7 +8,9 @@ SERVE  ?= 1
 PORT   ?= 8501
 TESTS  ?=
 
-.PHONY: install demo test test-all lint format bench claims clean
+TL4    := .venv-tl4
+
+.PHONY: install demo test test-all test-tl4 lint format bench claims clean
 
 install: $(STAMP)
 
@@ -30,6 +32,16 @@ test: install lint
 test-all: install lint
 	$(BIN)/python -m pytest $(TESTS)
 
+# models and harvests with transformer-lens 4 in an environment of its own: sae-lens still asks for 3.9
+test-tl4: $(TL4)/.installed
+	$(TL4)/bin/python -m pytest -m "not assets" tests/test_models.py tests/test_harvest.py tests/test_ring.py tests/test_dialogue.py
+
+$(TL4)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(TL4)
+	sed -E '/^(transformer-lens|sae-lens)==/d' constraints.txt > $(TL4)/constraints.txt
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/constraints.txt -e . 'transformer-lens>=4.3,<5' pytest hypothesis
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +56,8 @@ bench: install
 	$(BIN)/python benchmarks/bench_cache.py
 	$(BIN)/python benchmarks/bench_harvest.py
 	$(BIN)/python benchmarks/bench_estimate.py
+	$(BIN)/python benchmarks/bench_index.py
+	$(BIN)/python benchmarks/bench_attribution.py
 
 # the claims of the papers on the store of ./workspace (FULL=1: the long runs); see docs/claims.md
 claims: install
@@ -52,4 +66,4 @@ claims: install
 	done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TL4) .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache

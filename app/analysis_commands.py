@@ -92,3 +92,23 @@ def feature_proxies(
         else "this feature never fires"
     )
     emit(json.loads(frame.to_json(orient="records")), as_json, f"{text}\n{len(frame)} of {total} poles")
+
+
+def feature_document(
+    document: Annotated[int, typer.Argument(help="Number of a document of the index's corpus.")],
+    limit: Annotated[int, typer.Option(help="Features to list.")] = 20,
+    sae_id: Annotated[str | None, typer.Option(help="SAE; default: the newest index.")] = None,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Features that fire in a document, the strongest first: tokens, largest and smallest activation, sum of sizes."""
+    from saes import FeatureIndex
+
+    index = FeatureIndex.open(workspace, sae_id)
+    frame = index.document_features(document, limit)
+    labels = index.labels()
+    frame["label"] = [
+        " / ".join(labels[(f, s)]["text"] for s in (1, -1) if (f, s) in labels) for f in frame["feature"]
+    ]
+    text = frame.to_string(index=False, float_format=lambda v: f"{v:.2f}") if len(frame) else "nothing fires"
+    emit(json.loads(frame.to_json(orient="records")), as_json, text)

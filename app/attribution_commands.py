@@ -47,10 +47,13 @@ def attribute(
     """Rank every node by AtP*, patch the best exactly, and bound what was missed. Writes attributions/<run>/."""
     from cache import load_model
     from probes.attribution.atp import AtPStar
+    from probes.attribution.diagnose import SHARE, check_sampling
     from saes import SAE
 
     started, root = time.time(), workspace_path(workspace)
     kinds = tuple(k.strip() for k in nodes.split(",") if k.strip())
+    if samples:
+        check_sampling(samples, SHARE)
     loaded = [SAE.load(sae_folder(s, workspace)) for s in sae or []]
     lm = load_model(model, workspace=root)
     found = _pairs(source, lm.tokenizer, pairs, seed)
@@ -59,15 +62,15 @@ def attribute(
         saes={s.cfg.hook: s for s in loaded}, error=error,
     )  # fmt: skip
     scores = method.attribute(found)
-    recall = None
+    recall, truth = None, None
     if exact:
-        scores, recall = _exact(method, scores, found, root, max(1, top_k))
+        recall, truth = _exact(method, scores, found, root, max(1, top_k))
     elif top_k:
         scores = method.verify(scores, found, top_k)
     steps = sorted({max(1, top_k // 4), max(1, top_k), 2 * max(1, top_k)})
     diagnoses = {k: method.diagnose(scores, found, k, n_samples=samples) for k in steps} if samples else {}
     folder = method.report(
-        scores, found, root, name=name, recall=recall, diagnoses=diagnoses, started=started
+        scores, found, root, name=name, recall=recall, diagnoses=diagnoses, truth=truth, started=started
     )
     _print(scores, diagnoses.get(max(1, top_k)), folder, as_json)
 
@@ -84,7 +87,7 @@ def _pairs(source: str, tokenizer: Any, n: int, seed: int) -> list[Any]:
 
 
 def _exact(method: Any, scores: Any, pairs: Any, root: Path, k: int) -> tuple[Any, Any]:
-    """Every node of every pair patched exactly, kept pair by pair; recall of the true top K in the method's order."""
+    """Every node of every pair patched exactly, kept pair by pair and put beside the scores; recall, and the effects."""
     import hashlib
 
     import numpy as np
@@ -119,7 +122,7 @@ def _exact(method: Any, scores: Any, pairs: Any, root: Path, k: int) -> tuple[An
         Ranking(method=scores.method, order=scores.order(), passes=scores.passes),
         Ranking(method="iterative", order=np.concatenate([ids[live], ids[~live]]), passes=0),
     ]
-    return scores, recall_table(rankings, truth, min(k, len(truth)))
+    return recall_table(rankings, truth, min(k, len(truth))), effects
 
 
 def _print(scores: Any, diagnoses: Any, folder: Path, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -114,7 +114,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr}
     job["train"] = (job.get("train") or {}) | {key: v for key, v in given.items() if v is not None}
     jobs.override(job, assign or [])
-    jobs.check_keys(job)
+    expanded = sweep.expand(job)
     data = (
         training_data.stored(store_name, hook, workspace, out_hook)
         if on_the_fly is None
@@ -123,7 +123,7 @@ def train(
         )
     )
     start = None if warm_start is None else sae_folder(warm_start, workspace)
-    runs, budget = sweep.plan(job, data.d_model, data.d_out, memory_gb and memory_gb * 1e9)
+    runs, budget = sweep.plan(expanded, data.d_model, data.d_out, memory_gb and memory_gb * 1e9)
     described = data.described | ({} if start is None else {"warm_start": str(start)})
     if dry_run:
         print(sweep.described(runs, described, data.disk_bytes, as_json))
@@ -133,7 +133,7 @@ def train(
     from saes import train as run
 
     source = data.open()
-    where = {"hook": data.hook, "out_hook": data.out_hook, "warm_start": start, "wandb": wandb}
+    where: dict[str, Any] = {"hook": data.hook, "out_hook": data.out_hook, "warm_start": start, "wandb": wandb}
     results = [result for r in runs for result in run(source, r.saes, r.schedule, **where)]
     if on_the_fly is not None:
         source.remove()
@@ -178,16 +178,24 @@ def index(
     sae: Annotated[str, typer.Argument(help="SAE folder, run name, sae_id or latest.")] = "latest",
     store_name: Annotated[str, typer.Argument(metavar="STORE")] = "latest",
     model: Annotated[str | None, typer.Option(help="Model for the logit lens; default: the store's.")] = None,
+    skip: Annotated[
+        str, typer.Option(help="Rows left out: first, special, not_assistant, several joined by +, or none.")
+    ] = "first",
+    partial: Annotated[
+        bool, typer.Option(help="Index the shards that are there; run it again when there are more.")
+    ] = False,
     workspace: Workspace = None,
 ) -> None:
-    """Build the feature index that the explorer reads."""
+    """Build the feature index that the explorer reads, or bring it up to date with a store that has grown."""
     from cache import load_model
     from saes import SAE, build_index
 
     data, folder = open_store(store_name, workspace), sae_folder(sae, workspace)
     lm = load_model(model or data.model_source, workspace=data.workspace)
     inside = folder.resolve().is_relative_to(data.workspace)
-    print(build_index(SAE.load(folder), data, lm, sae_path=folder if inside else None))
+    rows = None if skip == "none" else skip
+    path = folder if inside else None
+    print(build_index(SAE.load(folder), data, lm, sae_path=path, skip=rows, partial=partial))
 
 
 @feature.command("list")
@@ -237,6 +245,7 @@ def feature_show(
 
 
 feature.command("proxies")(analysis_commands.feature_proxies)
+feature.command("document")(analysis_commands.feature_document)
 app.command("compare")(analysis_commands.compare)
 app.command("atoms")(analysis_commands.atoms)
 app.command("attribute")(attribution_commands.attribute)

@@ -93,7 +93,7 @@ def recall(frame: Any, *, theme: str | None = None, height: int = 300) -> go.Fig
 
 
 def bound_k(frame: Any, *, theme: str | None = None, height: int = 300) -> go.Figure:
-    """Columns k, alpha, bound (of pairs): the median bound for each confidence."""
+    """Columns k, alpha, bound, missed (of pairs): the median bound for each confidence, and the truth if it is known."""
     fig = _figure(theme, height, len(frame), "bounds")
     for i, (alpha, part) in enumerate(frame.groupby("alpha")):
         middle = part.groupby("k")["bound"].median()
@@ -101,6 +101,13 @@ def bound_k(frame: Any, *, theme: str | None = None, height: int = 300) -> go.Fi
             x=middle.index.tolist(), y=middle.tolist(), mode="lines+markers", name=f"confidence {1 - float(alpha):g}",
             line={"color": CURVE_COLOURS[i % len(CURVE_COLOURS)], "width": 1.6},
             hovertemplate="K = %{x}: no effect above %{y:.4g}<extra></extra>",
+        )  # fmt: skip
+    if "missed" in frame and frame["missed"].notna().any():
+        missed = frame.drop_duplicates(["k", "pair"]).groupby("k")["missed"].median()
+        fig.add_scatter(
+            x=missed.index.tolist(), y=missed.tolist(), mode="lines+markers", name="truth",
+            line={"color": _theme.palette(theme).muted, "width": 1.2, "dash": "dot"},
+            hovertemplate="K = %{x}: the largest missed is %{y:.4g}<extra></extra>",
         )  # fmt: skip
     fig.update_layout(showlegend=True)
     fig.update_xaxes(title_text="nodes verified, K")

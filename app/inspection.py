@@ -65,11 +65,13 @@ def inspect_text(model: Any, sae: Any, text: str, *, mean: np.ndarray, chat: boo
         raise UsageError(f"the text has {len(ids)} tokens, the inspector takes {TOKEN_LIMIT}: shorten it")
     if len(ids) < 2:
         raise UsageError("the text is one token; the first position is not encoded: type a few words")
-    x = model.capture(torch.tensor([ids]), [sae.cfg.hook])[sae.cfg.hook][0].float().cpu()
+    target = sae.cfg.out_hook if sae.cfg.transcoder else sae.cfg.hook
+    seen = model.capture(torch.tensor([ids]), list(dict.fromkeys([sae.cfg.hook, target])))
+    x, y = (seen[hook][0].float().cpu() for hook in (sae.cfg.hook, target))
     with torch.no_grad():
         codes = sae.encode(x[1:].clone())
-        error = (x[1:] - sae.decode(codes)).double().square().sum(-1).numpy()
-    spread = ((x[1:].double().numpy() - mean) ** 2).sum(-1)
+        error = (y[1:] - sae.decode(codes)).double().square().sum(-1).numpy()
+    spread = ((y[1:].double().numpy() - mean) ** 2).sum(-1)
     indices, values = _padded(codes, len(ids))
     return Inspection(
         tokens=[model.tokenizer.decode([i]) for i in ids],

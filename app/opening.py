@@ -107,6 +107,10 @@ def open_text(
 
     sae, folder = bring_in(reference, root, hook=hook, norm_factor=norm_factor)
     c, cfg = sae.conventions, sae.cfg
+    if cfg.transcoder:
+        raise UsageError(
+            "open is for SAEs: harvest both hooks of a transcoder into one store, then `atomscope index`"
+        )
     if not cfg.hook:
         raise UsageError(
             "the files of this SAE do not name its hook: give --hook, e.g. blocks.5.hook_resid_post"

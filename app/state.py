@@ -225,8 +225,9 @@ def _train_mean(store: str, hook: str) -> Any:
 
 
 def train_mean(meta: dict[str, Any]) -> Any:
-    """Mean residual of the store's training rows, float64 [d_model]."""
-    return _train_mean(str(workspace() / "activations" / meta["store"]), meta["hook"])
+    """Mean of the store's training rows at the hook that the SAE reconstructs, float64 [d]."""
+    hook = meta.get("out_hook") or meta["hook"]
+    return _train_mean(str(workspace() / "activations" / meta["store"]), hook)
 
 
 def model_button(meta: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ An SAE is named for what varies beside k, d_sae and preset.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,21 +34,26 @@ class Run:
 
 
 def plan(
-    job: dict[str, Any], d_model: int, d_out: int = 0, budget: float | None = None
+    expanded: list[tuple[list[SAEConfig], TrainConfig]],
+    d_model: int,
+    d_out: int = 0,
+    budget: float | None = None,
 ) -> tuple[list[Run], float]:
-    """The runs of a job, each within `budget` bytes (default: SHARE of the free memory) where a single SAE is, and the
-    budget. Raises UsageError on a grid that is none."""
+    """What `expand` gave as runs, each within `budget` bytes where its SAEs one by one are; and the budget in use.
+
+    budget: default SHARE of the free memory.
+    """
     budget = budget or SHARE * free_memory()
     runs = [
         Run(saes=group, schedule=schedule, need=_need(group, schedule, d_model, d_out))
-        for saes, schedule in expand(job)
+        for saes, schedule in expanded
         for group in _groups(saes, schedule, d_model, d_out, budget)
     ]
     return runs, budget
 
 
 def expand(job: dict[str, Any]) -> list[tuple[list[SAEConfig], TrainConfig]]:
-    """SAEs and schedule of each run that the grid asks for; one run without a grid."""
+    """SAEs and schedule of each run that the grid asks for; one run without a grid. UsageError on what is no job."""
     job = dict(job)
     grid = _checked(job.pop("grid", None))
     of_run = {k.removeprefix("train."): v for k, v in grid.items() if k.startswith("train.")}
@@ -110,6 +116,37 @@ def _groups(
 
 def _need(saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int) -> dict[str, float]:
     return jobs.estimate(saes, schedule, d_model, d_model * 2, d_out)
+
+
+def before(runs: list[Run], budget: float) -> list[str]:
+    """What to tell before the start: the largest run's memory, how many runs, and which may not fit."""
+    largest = max(run.need["memory_bytes"] for run in runs)
+    lines = [f"about {largest / 2**30:.2f} GiB of memory"]
+    if len(runs) > 1:
+        sizes = " + ".join(str(len(run.saes)) for run in runs)
+        lines.append(f"{sum(len(run.saes) for run in runs)} SAEs in {len(runs)} runs of {sizes}")
+    if largest > budget:
+        lines.append(
+            f"that is above the {budget / 2**30:.2f} GiB to be used: a smaller d_sae or batch needs less"
+        )
+    return lines
+
+
+def described(runs: list[Run], data: dict[str, Any], disk_bytes: int, as_json: bool) -> str:
+    """The text of --dry-run: one run as it is, several as a list."""
+    found = []
+    for run in runs:
+        need = run.need | {"disk_bytes": run.need["disk_bytes"] + (disk_bytes if run is runs[0] else 0)}
+        resolved = {"saes": [s.to_dict() for s in run.saes], "train": run.schedule.to_dict()}
+        found.append((resolved, need))
+    memory = max(need["memory_bytes"] for _, need in found)
+    disk = sum(need["disk_bytes"] for _, need in found)
+    if as_json:
+        parts = [resolved | {"estimate": need} for resolved, need in found]
+    else:
+        parts = [resolved for resolved, _ in found]
+    text = json.dumps(parts[0] | data if len(parts) == 1 else {"runs": parts} | data, indent=1)
+    return text if as_json else f"{text}\nmemory {memory / 2**30:.2f} GiB, disk {disk / 2**30:.2f} GiB"
 
 
 def free_memory() -> float:

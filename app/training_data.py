@@ -36,7 +36,9 @@ def stored(name: str, hook: str | None, workspace: Path | None, out_hook: str | 
     """A store by folder, name or `latest`."""
     store = open_store(name, workspace)
     if out_hook is not None and out_hook not in store.hooks:
-        raise UsageError(f"--out-hook is one of {', '.join(store.hooks)}; harvest another one into the same store")
+        raise UsageError(
+            f"--out-hook is one of {', '.join(store.hooks)}; harvest another one into the same store"
+        )
     chosen = hook or (store.hooks[0] if len(store.hooks) == 1 else "")
     if chosen not in store.hooks:
         raise UsageError(f"--hook is one of {', '.join(store.hooks)}")

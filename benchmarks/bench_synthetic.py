@@ -52,7 +52,7 @@ def configs(name: str) -> dict[str, SAEConfig]:
             "topk n/2": presets.topk(d_sae=n // 2, k=k, name="topk"),
             "topk n": presets.topk(d_sae=n, k=k, name="topk_n"),
         }
-    learnt = {"l0": 0.02, "l0_target": k, "threshold_init": 1.0, "bandwidth": 0.5}
+    learnt: dict[str, Any] = {"l0": 0.02, "l0_target": k, "threshold_init": 1.0, "bandwidth": 0.5}
     out = {
         "topk": presets.topk(d_sae=n, k=k, name="topk"),
         "batch_topk": presets.batch_topk(d_sae=n, k=k, name="batch_topk"),
@@ -69,7 +69,7 @@ def run(
 ) -> dict[str, dict[str, float]]:
     """Scores of each case on fresh rows of the suite's dictionary of this seed."""
     suite, fresh = (make_suite(name, seed, n_rows=n, draw=i) for i, n in enumerate((ROWS, FRESH)))
-    more = {"map": whitening(suite.x)} if name.startswith("S9") else {}
+    more: dict[str, Any] = {"map": whitening(suite.x)} if name.startswith("S9") else {}
     config = TrainConfig(
         steps=steps, batch_size=BATCH, lr=LR, warmup_steps=50, seed=seed, screen="off",
         dead_window_tokens=100 * BATCH, log_every=steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class PlainModel:
             for name, fn in edits.items():
                 block = resid_mid_block(name)
                 if block is None:
-                    stack.enter_context(self._hook(name, lambda x, f=fn, n=name: edited(x, f, n)))
+                    stack.enter_context(self._hook(name, partial(edited, fn=fn, name=name)))
                 else:
                     stack.enter_context(self._mid(name, block, fn))
             yield self

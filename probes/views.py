@@ -19,8 +19,8 @@ _RUNS = {
 }  # fmt: skip
 _RECALL = {"run": "VARCHAR", "method": "VARCHAR", "passes": "DOUBLE", "recall": "DOUBLE"}
 _BOUNDS = {
-    "run": "VARCHAR", "k": "INTEGER", "pair": "INTEGER", "alpha": "DOUBLE", "bound": "DOUBLE", "n_samples": "INTEGER",
-    "p": "DOUBLE",
+    "run": "VARCHAR", "k": "INTEGER", "pair": "INTEGER", "alpha": "DOUBLE", "bound": "DOUBLE", "missed": "DOUBLE",
+    "n_samples": "INTEGER", "p": "DOUBLE",
 }  # fmt: skip
 
 

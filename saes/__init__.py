@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "AIP": "saes.aip",
     "SAE": "saes.sae",
     "Codes": "saes.codes",
     "SAEConfig": "saes.config",
@@ -33,6 +34,7 @@ __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from saes import presets as presets
+    from saes.aip import AIP as AIP
     from saes.atoms import evaluate_atoms as evaluate_atoms
     from saes.checking import check as check
     from saes.codes import Codes as Codes

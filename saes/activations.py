@@ -143,7 +143,8 @@ def _top(
         found, indices, offsets = batch_largest(
             xc, sae.W_enc, sae.b_enc, len(x) * cfg.k, signed=cfg.signed, scratch=scratch
         )
-    support, kept = Support(indices, cfg.d_sae, offsets, into), also and also.values
+    support = Support(indices, cfg.d_sae, offsets, into)
+    kept = None if also is None else also.values
     u, u_dead = encode_at(
         x, sae.W_enc, sae.b_enc, sae.centre, support, found, xc=xc, dead=dead, u_dead=kept
     )

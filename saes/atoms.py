@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import MissingDataError
+from cache.errors import MissingDataError, UsageError
 from cache.progress import progress
 from saes.aip import AIP, store_aip
 from saes.codes import Codes
@@ -83,13 +83,19 @@ def evaluate_atoms(
     recovery: codes given to basis pursuit, a linear program each; 0 leaves it out. Raises DataError where the SAE does
     not fit the store.
     """
+    subjects = {"sae": sae} | dict(beside or {})
+    for one in subjects.values():
+        if one.cfg.transcoder:
+            raise UsageError(
+                f"{one.cfg.label} is a transcoder: atoms are of the rows that are rebuilt, give an SAE"
+            )
+        check_fit(one, store)
     hook = check_fit(sae, store)
     aip = aip or store_aip(store, hook)
     samples = [_sample(store, hook, split, pursuit_rows) for split in ("train", "heldout")]
     job = _Job(store, hook, aip, samples, max_rows, recovery, seed)
     rows = [_row("sae", f"aip_{m}", aip.record[m], aip.record["rows"]) for m in _AIP_FIELDS]
-    for name, one in ({"sae": sae} | dict(beside or {})).items():
-        check_fit(one, store)
+    for name, one in subjects.items():
         found, l0, codes = _sae_rows(job, name, one)
         atoms = one.W_dec.detach().cpu()
         rows += found + _dictionary_rows(job, name, atoms, l0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,17 +161,14 @@ def _suspects(sae: SAE, x: Tensor) -> list[str]:
     fvu, d = _measure(sae, x)[0], x.shape[1]
     mean, square = float(x.norm(dim=1).mean()), float(x.square().sum(1).mean())
     tried: list[tuple[float, str]] = []
-    for factor, name in (
+    scales = (
         (d**0.5 / mean, "mean norm sqrt(d_model)"),
         ((d / square) ** 0.5, "mean square norm d_model"),
         (square**-0.5, "mean square norm 1"),
-    ):
-        tried.append(
-            (
-                _fvu(x, lambda r, f=factor: sae(r * f) / f),
-                f"rows scaled to {name}: load it with norm_factor={factor:.4g}, the factor on this sample",
-            )
-        )
+    )
+    for factor, name in scales:
+        line = f"rows scaled to {name}: load it with norm_factor={factor:.4g}, the factor on this sample"
+        tried.append((_fvu(x, partial(_scaled, sae, factor)), line))
 
     def one_by_one(r: Tensor) -> Tensor:
         middle, spread = r.mean(1, keepdim=True), r.std(1, keepdim=True)
@@ -194,6 +192,10 @@ def _suspects(sae: SAE, x: Tensor) -> list[str]:
     ]
     best, line = min(tried, key=lambda t: t[0])
     return [f"it fits {line}: FVU {best:.3f} instead of {fvu:.3f}"] if best <= EXPLAINS * fvu else []
+
+
+def _scaled(sae: SAE, factor: float, rows: Tensor) -> Tensor:
+    return sae(rows * factor) / factor
 
 
 def _fvu(x: Tensor, reconstruct: Callable[[Tensor], Tensor]) -> float:

@@ -57,7 +57,7 @@ def coherence(atoms: Tensor, *, tile: int = TILE) -> Coherence:
         for j in range(i, len(unit), tile):
             size = (unit[i : i + tile] @ unit[j : j + tile].T).abs().clamp_max(1.0)
             if i == j:
-                k, m = torch.triu_indices(*size.shape, offset=1, device=size.device)
+                k, m = torch.triu_indices(len(size), len(size), offset=1, device=size.device)
                 size = size[k, m]
             if not size.numel():
                 continue

@@ -23,6 +23,9 @@ FIXED_K = ("topk", "abs_topk")
 BATCH_K = ("batch_topk", "batch_abs_topk")
 BIAS_RULES = ("gradient", "gba")
 GBA_ACTIVATIONS = ("jumprelu", "relu")
+L1_OF_NORM = 0.1
+"""l1 by default, over the norm of a row: a latent shrinks by l1 / 2, so one that adds less than a twentieth of the norm is
+not worth its price, at any width. 5, the value of Anthropic's April 2024 update, is this at d_model 2,500."""
 # objective terms and the activations they are defined for
 TERMS: dict[str, tuple[str, ...]] = {
     "auxk": (*FIXED_K, *BATCH_K, "jumprelu", "relu"),
@@ -65,8 +68,9 @@ class SAEConfig(_Config):
     """Weight of the AuxK term, relative to the normalised squared error (Gao et al. 2024: 1/32)."""
     k_aux: int | None = None
     """Dead latents used by AuxK on a row; None: the power of two nearest d_model / 2."""
-    l1: float = 0.0
-    """relu, gated: weight of the mean L1 norm of a row's codes beside its squared error, both in the space of training."""
+    l1: float | None = 0.0
+    """relu, gated: weight of the mean L1 norm of a row's codes beside its squared error, both in the space of training.
+    None: L1_OF_NORM of the norm of a row there, sqrt(d_model), or 1 in space unit."""
     l0: float = 0.0
     """jumprelu: weight of the L0 term, relative to the normalised squared error."""
     l0_target: float = 0.0
@@ -153,7 +157,8 @@ class SAEConfig(_Config):
             raise UsageError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.space not in SPACES:
             raise UsageError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
-        for field in ("auxk", "l1", "l0", "l0_target", "separability", "threshold_init", "aip_ridge"):
+        self._fill_l1()
+        for field in ("auxk", "l0", "l0_target", "separability", "threshold_init", "aip_ridge"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
         if self.encoder_init not in ("scaled", "tied"):
@@ -174,6 +179,18 @@ class SAEConfig(_Config):
             raise UsageError(f"space {self.space} is for SAEs: train a transcoder in raw or scalar space")
         self._check_gba()
         self._check_combination()
+
+    def _fill_l1(self) -> None:
+        """Turn an l1 of None into its number as soon as the width is known."""
+        if self.l1 is None and self.activation not in TERMS["l1"]:
+            raise UsageError(f"l1 is for {', '.join(TERMS['l1'])}, not for {self.activation}: leave it out")
+        if self.l1 is None and self.space == "raw":
+            raise UsageError("rows of space raw may have any norm: give l1 a number, or train in scalar space")
+        if self.l1 is None and self.width_out:
+            norm = 1.0 if self.space == "unit" else math.sqrt(self.width_out)
+            object.__setattr__(self, "l1", L1_OF_NORM * norm)
+        if self.l1 is not None and not 0 <= self.l1 < math.inf:
+            raise UsageError(f"l1 cannot be negative, got {self.l1}")
 
     def _check_gba(self) -> None:
         if self.bias_rule not in BIAS_RULES:

@@ -102,7 +102,7 @@ def to_saelens(cfg: SAEConfig, sae_id: str) -> dict[str, Any]:
         out["d_out"] = cfg.d_out
     if cfg.fixed_k:
         out |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
-    metadata = {
+    metadata: dict[str, Any] = {
         "hook_name": cfg.hook,
         "model_name": cfg.model,
         "model_sha256": cfg.model_sha,

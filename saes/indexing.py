@@ -22,7 +22,7 @@ import numpy as np
 from cache.provenance import provenance
 from cache.workspace import atomic_file, read_json, write_json
 from saes.encoding import rows_left_out, write_all_codes
-from saes.evaluation import check_fit
+from saes.evaluation import check_fit, target_hook
 from saes.feature_file import write_feature_file
 from saes.sae import SAE
 from saes.token_table import FREQUENT
@@ -84,7 +84,9 @@ def publish(
 
 def _describe(sae: SAE, store: Any, hook: str, model: Any, sae_path: str | Path | None) -> dict[str, Any]:
     cfg, identity = sae.cfg, store.identity
-    stats = store.stats(hook, split="train", skip="first")
+    # features write where a transcoder's target is: edits are sized by the rows there
+    out = target_hook(sae)
+    stats = store.stats(out or hook, split="train", skip="first")
     return {
         "schema_version": SCHEMA_VERSION,
         "sae_id": sae.sae_id,
@@ -94,6 +96,7 @@ def _describe(sae: SAE, store: Any, hook: str, model: Any, sae_path: str | Path 
         "corpus": store.corpus.path.name,
         "corpus_name": store.corpus.meta.get("name", ""),
         "hook": hook,
+        "out_hook": out,
         "model": identity.get("model", cfg.model),
         "model_source": store.model_source,
         "model_sha": identity.get("weights_sha256") or cfg.model_sha,

@@ -22,6 +22,7 @@ from saes.sae import SAE, fold_transcoder
 from saes.selection import threshold_for
 
 SAMPLE_ROWS = 8192
+LEVEL_ROWS = 4096
 BLOCK_VALUES = 2**23
 
 
@@ -62,7 +63,9 @@ def initial_sae(sae: SAE, store: Any, hook: str, *, seed: int = 0) -> Initial:
         spread = (xc[:1024] @ fresh.W_enc.T + fresh.b_enc).std()
         fresh.threshold.fill_(cfg.threshold_init * spread.item())
     elif cfg.has_threshold:
-        fresh.threshold.fill_(threshold_for(xc[:1024], fresh.W_enc, fresh.b_enc, cfg.k, signed=cfg.signed))
+        fresh.threshold.fill_(
+            threshold_for(xc[:LEVEL_ROWS], fresh.W_enc, fresh.b_enc, cfg.k, signed=cfg.signed)
+        )
     return Initial(fresh.requires_grad_(False), "initial")
 
 

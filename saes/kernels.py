@@ -393,7 +393,7 @@ def sparse_step(
     with torch.no_grad():
         xc = x - b_dec
         found, indices = select(xc, w_enc, b_enc, k, signed=signed, also=also)
-    support, kept = Support(indices, len(w_enc)), also and also.values
+    support, kept = Support(indices, len(w_enc)), None if also is None else also.values
     u, u_dead = encode_at(x, w_enc, b_enc, b_dec, support, found, xc=xc, dead=dead, u_dead=kept)
     # a selected latent with u <= 0 did not fire: ReLU has no gradient there
     values = u if signed else u.relu()

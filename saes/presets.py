@@ -13,16 +13,17 @@ from cache.errors import UsageError
 from saes.config import Activation, SAEConfig, Space, TrainConfig
 
 
-def relu_l1(*, d_sae: int, l1: float = 5.0, **other: Any) -> SAEConfig:
-    """ReLU with an L1 term (Anthropic, April 2024): l1 = 5 on rows of norm sqrt(d_model), warm-up over 5 % of the run.
+def relu_l1(*, d_sae: int, l1: float | None = None, **other: Any) -> SAEConfig:
+    """ReLU with an L1 term (Anthropic, April 2024), warm-up over 5 % of the run.
 
-    Decoder rows are unit here, which makes the L1 norm weighted by ||d_i|| the plain one. Codes grow with
-    sqrt(d_model), squared errors with d_model: a narrow model needs less than 5.
+    Decoder rows are unit here, which makes the L1 norm weighted by ||d_i|| the plain one. The update's l1 = 5 on rows of
+    norm sqrt(d_model) does not transfer to another width: codes grow with sqrt(d_model), squared errors with d_model, and
+    at d_model 576 it kills every latent. The default is l1 = sqrt(d_model) / 10 (`config.L1_OF_NORM`).
     """
     return SAEConfig(d_sae=d_sae, activation="relu", l1=l1, **other)
 
 
-def gated(*, d_sae: int, l1: float = 5.0, beta1: float | None = 0.0, **other: Any) -> SAEConfig:
+def gated(*, d_sae: int, l1: float | None = None, beta1: float | None = 0.0, **other: Any) -> SAEConfig:
     """Gated (Rajamanoharan et al. 2024, arXiv 2404.16014): L1 on the gate, frozen decoder in its auxiliary term.
 
     The paper sweeps l1; the default is that of relu_l1, whose units it shares.

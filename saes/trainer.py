@@ -214,8 +214,9 @@ class Trainer:
         grads = [p.grad for p in self.sae.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in grads]))
         if self.train.grad_clip > 0:
-            self.optimiser.grad_scale = ((norm + 1e-6) / self.train.grad_clip).clamp_min(1.0)
-            self.optimiser.found_inf = torch.zeros_like(norm)
+            scale = ((norm + 1e-6) / self.train.grad_clip).clamp_min(1.0)
+            # attributes that torch's own GradScaler sets; absent from the types of Adam
+            vars(self.optimiser).update(grad_scale=scale, found_inf=torch.zeros_like(norm))
         return norm
 
     @torch.no_grad()

@@ -26,14 +26,20 @@ UNIT_TOLERANCE = 1e-3
 
 def resolve(warm_start: WarmStart | Sequence[WarmStart], configs: Sequence[SAEConfig]) -> list[SAE | None]:
     """The SAE each config starts from: the one given for all of them, or one (or None) for each."""
-    given = list(warm_start) if isinstance(warm_start, list | tuple) else [warm_start] * len(configs)
+    given = _one_each(warm_start, len(configs))
     if len(given) != len(configs):
-        raise UsageError(f"warm_start has {len(given)} SAEs for {len(configs)} configs: give one, or one for each")
+        raise UsageError(
+            f"warm_start has {len(given)} SAEs for {len(configs)} configs: give one, or one for each"
+        )
     found = [w if w is None or isinstance(w, SAE) else SAE.load(w) for w in given]
     for sae, cfg in zip(found, configs, strict=True):
         if sae is not None:
             check(sae, cfg)
     return found
+
+
+def _one_each(given: Any, n: int) -> list[WarmStart]:
+    return list(given) if isinstance(given, list | tuple) else [given] * n
 
 
 def check(sae: SAE, cfg: SAEConfig) -> None:
@@ -109,9 +115,11 @@ def _unit_rows(s: SAE) -> None:
             getattr(s, name).mul_(norm)
 
 
-def described(saes: Sequence[SAE | None], given: WarmStart | Sequence[WarmStart]) -> list[dict[str, Any] | None]:
+def described(
+    saes: Sequence[SAE | None], given: WarmStart | Sequence[WarmStart]
+) -> list[dict[str, Any] | None]:
     """What run.json keeps: the id of each SAE that was started from, and the path or release it was given as."""
-    names = list(given) if isinstance(given, list | tuple) else [given] * len(saes)
+    names = _one_each(given, len(saes))
     return [
         None if s is None else {"sae_id": s.sae_id, "source": None if isinstance(n, SAE) else str(n)}
         for s, n in zip(saes, names, strict=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cache.errors import DataError, UsageError
 from saes.aip import SecondMoment
 from saes.atoms import evaluate_atoms, kmeans_atoms
 from saes.coherence import (
@@ -156,7 +156,7 @@ def test_l1_fails_where_two_atoms_are_the_same() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_oracle_weights_in_the_aip_give_every_support_and_in_plain_space_do_not(seed: int) -> None:
     """S10 under a map of condition 32: W_enc = D^T S and one threshold reproduce the supports exactly (values carry
-    cross-talk). S is estimated from rows with random signs, for which E[x x^T] is a multiple of D D^T."""
+    cross-talk). S is (D D^T)^-1 itself, up to a factor: the second moment of the atoms."""
     suite = make_suite("S10", seed, n_rows=2000)
     gen = torch.Generator().manual_seed(seed)
     q1, q2 = (torch.linalg.qr(torch.randn(64, 64, generator=gen)).Q for _ in range(2))
@@ -291,9 +291,9 @@ def test_the_first_page_shows_the_atoms_beside_their_controls(measured, monkeypa
     assert "over random" in page and "random unit atoms" in page and "k-means" in page
 
 
-def test_an_sae_of_another_width_is_refused(measured, tmp_path: Path) -> None:
-    from cache.errors import DataError
-
+def test_an_sae_of_another_width_and_a_transcoder_are_refused(measured) -> None:
     store, *_ = measured
     with pytest.raises(DataError, match="d_model"):
         evaluate_atoms(oracle_sae(torch.eye(5), torch.eye(5), 0.1), store)
+    with pytest.raises(UsageError, match="is a transcoder"):
+        evaluate_atoms(SAE(SAEConfig(d_sae=8, k=2, d_model=16, d_out=4, out_hook="mlp", hook=HOOK)), store)

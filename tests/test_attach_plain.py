@@ -75,14 +75,19 @@ def test_an_unedited_splice_with_the_error_term_is_bit_identical_at_every_hook_a
 
 
 @pytest.mark.parametrize("error", [True, False, "detached"])
-@pytest.mark.parametrize("activation", ["topk", "relu"])
-def test_the_splice_equals_that_of_transformer_lens(error: Any, activation: str) -> None:
+@pytest.mark.parametrize(("family", "activation"), [("llama", "topk"), ("llama", "relu"), ("gpt2", "topk")])
+def test_the_splice_equals_that_of_transformer_lens(error: Any, family: str, activation: str) -> None:
     """Values of codes, logits and gradients, with edits at two hooks, one of them past the residual's branch."""
-    hooks = ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"]
+    hooks = [
+        "blocks.0.hook_resid_mid",
+        "blocks.0.hook_resid_post",
+        "blocks.1.hook_attn_out",
+        "blocks.1.hook_mlp_out",
+    ]
     saes = {h: make_sae(h, activation=activation, seed=i) for i, h in enumerate(hooks)}
     got = {}
     for kind in ("plain", "bridge"):
-        model = make_model("llama")
+        model = make_model(family)
         spliced: Any = model if kind == "plain" else Bridged(model)
         with attach(spliced, saes, error=error) as a:
             a.edit(hooks[0], lambda c: Codes(c.values * 2, c.indices, c.offsets))

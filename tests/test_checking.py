@@ -78,6 +78,8 @@ def test_an_unfolded_input_scale_is_named_with_the_factor_that_repairs_it(space,
     found = check(broken, store)
     assert any(f"norm_factor={factor:.4g}" in w for w in found.warnings), found
     assert found.fvu > 2 * fvu_of(sae, rows)
+    repaired = SAE.load(broken.save(tmp_path / "broken"), norm_factor=factor)
+    assert check(repaired, store).warnings == () and check(repaired, store).fvu < 1e-6
 
 
 def test_a_bias_that_should_not_be_subtracted_is_named(space) -> None:

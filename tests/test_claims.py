@@ -15,6 +15,7 @@ from saes import make_suite
 from saes.config import SAEConfig
 from saes.sae import SAE
 from tests.corpora import make_store
+from tests.planted import build_planted
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "claims"
 
@@ -83,6 +84,7 @@ def test_absorption_is_none_for_the_truth_and_full_where_children_swallow_their_
     ("name", "options", "claims"),
     [
         ("abs_topk", ["--parts", "k"], 6),
+        ("matryoshka", ["--suite-steps", "2"], 3),
         ("auxk", [], 3),
         ("batch_topk", [], 4),
     ],
@@ -96,5 +98,22 @@ def test_a_script_runs_and_leaves_the_workspace_as_it_was(
     script(name).main([*where, *options])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert claims - 2 <= len(result["claims"]) <= claims
-    assert {c["verdict"] for c in result["claims"]} == {"underpowered"}
+    of_store = [c for c in result["claims"] if c["id"] not in ("absorption", "children")]
+    assert of_store and {c["verdict"] for c in of_store} == {"underpowered"}
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_poles_are_judged_for_both_readings_of_a_dictionary(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Rows whose coordinates follow the text: also an SAE that was hardly trained has poles to judge."""
+    build_planted(tmp_path, signed=False)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    where = ["--workspace", str(tmp_path), "--seeds", "1", "--steps", "2", "--batch", "64"]
+    script("abs_topk").main([*where, "--parts", "poles"])
+    shares = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]["poles"]
+    for label in ("abs_topk", "topk"):
+        found = shares[label][0]
+        assert found["both"] + found["one"] + found["none"] == pytest.approx(1, abs=1e-4)
+        assert found["both_3"] <= found["both"] <= found["both_2"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before

@@ -84,9 +84,16 @@ def test_the_whole_path_by_commands(
     code, out, _ = run(capsys, *args)
     assert code == 0 and json.loads(out)[0]["l0"] <= 5
     code, out, _ = run(capsys, "evaluate", "latest", "--max-tokens", "300", *model, *w)
-    assert code == 0 and "held-out FVU" in out and "pca-5" in out and "untrained" in out
+    assert code == 0 and "held-out FVU" in out and "pca-5" in out and "untrained" in out and "initial" in out
     code, out, _ = run(capsys, "index", "latest", *model, *w)
     assert code == 0 and (Path(out.strip()) / "current.json").is_file()
+    again, same, _ = run(capsys, "index", "latest", "--partial", *model, *w)
+    assert again == 0 and same == out
+    code, _, err = run(capsys, "index", "latest", "--skip", "first+special", *model, *w)
+    assert code == 2 and "skip='first'" in err
+    code, out, _ = run(capsys, "feature", "document", "0", "--limit", "3", *w, "--json")
+    assert code == 0 and len(json.loads(out)) == 3 and {"mass", "label"} <= json.loads(out)[0].keys()
+    assert run(capsys, "feature", "document", "100000", *w)[0] == 3
     code, out, _ = run(capsys, "feature", "list", "the", *w, "--json")
     found = json.loads(out)
     assert code == 0 and found

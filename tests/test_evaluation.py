@@ -6,19 +6,26 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn import functional as F
 
+from cache import connect
 from cache.errors import DataError, MissingDataError
 from saes.codes import Codes
-from saes.config import SAEConfig
+from saes.compare import frontier
+from saes.config import SAEConfig, TrainConfig
 from saes.controls import fit_pca
 from saes.evaluation import evaluate, load_evaluation
-from saes.metrics import Firing, Reconstruction
+from saes.initial import initial_sae
+from saes.metrics import Firing, Reconstruction, l1_norms
 from saes.predictions import context_losses, heldout_batches
 from saes.sae import SAE
+from saes.sources import TensorSource
 from saes.splice import attach
+from saes.trainer import Trainer
 from tests.corpora import HOOK, empty_store, fill, make_corpus, make_store, random_vectors
 
 TINY_HOOK = "blocks.1.hook_resid_post"
@@ -241,3 +248,45 @@ def test_held_out_batches_hold_every_chosen_token_once(tmp_path: Path) -> None:
     assert sorted(chain(*got)) == sorted(chain(*(w for w in want if len(w) > 2)))
     with pytest.raises(MissingDataError, match="max_tokens"):
         next(heldout_batches(corpus, 2))
+
+
+@pytest.mark.parametrize("activation", ["topk", "abs_topk", "batch_topk", "jumprelu", "relu", "gated"])
+def test_the_initial_control_is_the_sae_as_training_starts_it(activation: str, tmp_path: Path) -> None:
+    """Same architecture and width, weights of the first step: against the trainer itself, in the space of the data."""
+    store, _ = make_store(tmp_path, [40] * 40, d=8)
+    need = {"jumprelu": {"l0": 1.0}, "relu": {"l1": 1.0}, "gated": {"l1": 1.0}}.get(activation, {"k": 3})
+    cfg = SAEConfig(d_sae=24, d_model=8, hook=HOOK, activation=activation, space="raw", **need)
+    made = initial_sae(SAE(cfg).requires_grad_(False), store, HOOK, seed=5)
+    x, rows = next((b.x[HOOK], b.row) for b in store.sequential(HOOK, batch_size=8192, split="train"))
+    plan = TrainConfig(steps=1, seed=5)
+    trainer = Trainer(cfg, plan, TensorSource(x).moments(plan), torch.device("cpu"))
+    trainer.start(x)
+    for name, want in trainer.sae.named_parameters():
+        if name != "threshold" or activation == "jumprelu":
+            torch.testing.assert_close(dict(made.sae.named_parameters())[name], want.detach())
+    x_hat, sums = made(x)
+    codes = made.sae.encode(x)
+    torch.testing.assert_close(x_hat, made.sae.decode(codes))
+    torch.testing.assert_close(sums.l0().long(), codes.l0())
+    torch.testing.assert_close(sums.size, l1_norms(codes))
+    if activation == "batch_topk":
+        assert sums.l0().double().mean().item() == pytest.approx(3, abs=0.05)
+    assert len(rows) == len(x)
+
+
+def test_an_evaluation_of_an_older_version_shows_its_control_once_and_by_its_new_name(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, [40] * 40, d=8)
+    sae = zero_sae(8, HOOK)
+    result = evaluate(sae, store)
+    old = [r | {"subject": "random"} for r in result.rows if r["subject"] == "untrained"]
+    for rows in ([r for r in result.rows if r["subject"] != "untrained"] + old, result.rows + old):
+        pq.write_table(pa.Table.from_pylist(rows), result.path)
+        loaded = load_evaluation(sae, store)
+        assert loaded is not None and len(loaded.rows) == len(result.rows)
+        assert loaded.value("fvu", "untrained") == result.value("fvu", "untrained")
+        found = connect(tmp_path).execute(
+            "SELECT subject, count(*) FROM evaluations WHERE metric = 'fvu' GROUP BY 1 ORDER BY 1"
+        )
+        assert found.fetchall() == [("initial", 1), ("pca-2", 1), ("sae", 1), ("untrained", 1)]
+        table = frontier(tmp_path)
+        assert sorted(table["subject"]) == ["initial", "pca-2", "sae", "untrained"]

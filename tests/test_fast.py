@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -226,3 +227,48 @@ def test_corpus_build_knows_the_block_modes(tiny_dir, capsys, tmp_path: Path) ->
         assert code == 0 and json.loads(out)["mode"] == mode
     code, _, err = run(capsys, *args, "--mode", "packed_dialogue")
     assert code == 2 and "dialogue_packed" in err
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """The claim script."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks" / "claims"))
+    return importlib.import_module("fast")
+
+
+def scores(gap: float, l0: tuple[float, float] = (16.0, 64.0)) -> dict[str, dict[str, float]]:
+    """An arm whose errors are 2^gap on every class, and of JumpReLU fall as L0 rises: 2^gap at L0 32."""
+    metrics = [f"mse@{c}" for c in CLASSES] + ["nmse@all"]
+    out = {"topk": {m: 2.0**gap for m in metrics} | {"l0@all": 32.0}}
+    for target, at in zip((16, 64), l0, strict=True):
+        out[f"jumprelu_{target}"] = {m: 2.0 ** (gap + np.log2(32 / at)) for m in metrics} | {"l0@all": at}
+    return out
+
+
+def test_the_claims_compare_jumprelu_at_one_l0_and_judge_the_planted_gap(script) -> None:
+    assert script.bits(scores(1.5), "jumprelu", "mse@special") == pytest.approx(1.5)
+    assert script.bits(scores(1.5, (20.0, 50.0)), "jumprelu", "mse@special") == pytest.approx(1.5)
+    assert np.isnan(script.bits(scores(1.5, (8.0, 30.0)), "jumprelu", "mse@special"))
+    found = {}
+    for s in range(3):
+        found |= {
+            (s, "fast"): scores(0.01 * s),
+            (s, "packed_text"): scores(2.0),
+            (s, "packed_dialogues"): scores(0.0),
+        }
+    report = script.Report("x")
+    script.decide(report, found, {}, 3)
+    verdicts = {c["id"]: c["verdict"] for c in report.claims}
+    assert verdicts["packed_text_special_topk"] == verdicts["packed_text_all_jumprelu"] == "holds"
+    assert verdicts["packed_dialogues_special_rest_topk"] == "does not hold"
+
+
+def test_a_claim_without_a_bracketed_l0_is_underpowered_not_an_error(script) -> None:
+    found = {
+        (s, a): scores(0.0, (4.0, 8.0)) for s in range(3) for a in ("fast", "packed_text", "packed_dialogues")
+    }
+    report = script.Report("x")
+    script.decide(report, found, {(s, a): (0.2, 9) for s in range(3) for a in ("fast", *script.BASELINES)}, 3)
+    rows = {c["id"]: c for c in report.claims}
+    assert rows["packed_text_special_jumprelu"]["verdict"] == "underpowered"
+    assert rows["packed_text_top_rated"]["ours"] == 0.0

@@ -95,6 +95,14 @@ def test_a_dictionary_converts_to_safetensors_with_its_own_codes(name: str, tmp_
     assert sae.cfg.k == (K if "TopK" in name else 0)
 
 
+def test_a_factor_on_the_rows_that_the_files_leave_out_can_be_given() -> None:
+    folder = FIXTURES / "sparsify" / "layers.1"
+    golden = load_file(folder / "expected.safetensors")
+    sae = SAE.load(folder, norm_factor=0.25)
+    torch.testing.assert_close(sae.encode(golden["x"] * 4).dense(F), golden["codes"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(golden["x"] * 4), golden["x_hat"] * 4, rtol=1e-5, atol=1e-5)
+
+
 def test_a_pickle_is_not_opened_on_the_way_and_the_line_names_the_command() -> None:
     with pytest.raises(DataError, match="atomscope sae convert"):
         SAE.load(FIXTURES / "dictionary_learning" / "AutoEncoderTopK")
@@ -220,6 +228,22 @@ def test_gemma_scope_2_is_read_from_safetensors_with_its_config(tmp_path: Path) 
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(DataError, match=words):
             SAE.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("google/gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_9", "transcoder"),
+        ("google/gemma-scope-2-1b-pt/clt/width_262k_l0_big", "transcoder"),
+        ("google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "embedding"),
+    ],
+)
+def test_what_only_its_name_tells_from_an_sae_is_refused(where: str, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / where
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{n: t.numpy() for n, t in gemma_weights().items()})
+    with pytest.raises(DataError, match=words):
+        SAE.load(folder)
 
 
 def test_archives_with_objects_other_arrays_or_damage_are_refused(tmp_path: Path) -> None:
@@ -353,3 +377,28 @@ def test_the_real_directory_is_read_where_sae_lens_is_installed() -> None:
     entry = releases.directory_entry("gpt2-small-res-jb")
     assert entry is not None and entry["repo_id"] == "jbloom/GPT2-Small-SAEs-Reformatted"
     assert len(releases.known_releases([])) > 100
+
+
+def test_the_factor_and_the_centring_of_a_release_are_folded_as_in_sae_lens(
+    directory, tmp_path: Path, monkeypatch
+) -> None:
+    """Neither stands in the folder; without them the SAE loads and is silently wrong."""
+    sae_lens = pytest.importorskip("sae_lens")
+    from tests.test_sae_files import _theirs
+
+    monkeypatch.setenv(releases.MIRROR, str(tmp_path))
+    one, jb = tmp_path / "someone/scaled/folder/one", tmp_path / "gpt2-small-res-jb/blocks.8.hook_resid_pre"
+    for folder, rule in ((one, "expected_average_only_in"), (jb, "none")):
+        _theirs("standard").save_model(folder)
+        cfg = json.loads((folder / "cfg.json").read_text()) | {"normalize_activations": rule}
+        cfg["metadata"]["hook_name"] = "blocks.8.hook_resid_pre"
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)) * 5 + 1
+    theirs = sae_lens.SAE.load_from_disk(str(one))
+    theirs.fold_activation_norm_scaling_factor(0.25)
+    ours = SAE.load("scaled-release:one")
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert ours.conventions.source == "saelens scaled-release:one"
+    theirs, ours = sae_lens.SAE.load_from_disk(str(jb)), SAE.load("gpt2-small-res-jb:blocks.8.hook_resid_pre")
+    torch.testing.assert_close(ours(x), theirs(x - x.mean(1, keepdim=True)), rtol=1e-4, atol=1e-4)
+    assert ours.conventions.centred and ours.conventions.l0 == 65

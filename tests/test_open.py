@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -119,6 +120,14 @@ def test_a_second_call_finds_everything_done_and_other_commands_take_the_release
     assert before == {p: p.stat().st_mtime_ns for p in home.rglob("*.parquet")}
     checked = command("sae", "check", f"tiny-release:{HOOK}", home=home, **mirror)
     assert checked.returncode == 0 and "FVU" in checked.stdout and "warning: FVU is" in checked.stdout
+    feature = FeatureIndex.open(home).list_features("the", mode="token")[0]["feature"].iloc[0]
+    options = ("--feature", feature, "--strength", 0, "--max-new-tokens", 3, "--json")
+    steered = command("steer", "The cat", *options, home=home)
+    assert steered.returncode == 0, steered.stderr
+    texts = json.loads(steered.stdout)
+    assert texts["baseline"] == texts["steered"]
+    evaluated = command("evaluate", "latest", "--max-tokens", 200, home=home)
+    assert evaluated.returncode == 0 and "held-out FVU" in evaluated.stdout
 
 
 def test_a_folder_without_names_asks_for_model_and_hook(
@@ -168,3 +177,8 @@ def test_bos_goes_before_each_row_where_the_training_had_it(
         build_corpus(text_file, tokenizer, workspace=tmp_path, prepend_bos=False).fingerprint
         == plain.fingerprint
     )
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copy(tiny_dir / "config.json", tmp_path / "model")
+    build = ("corpus", "build", text_file, "--model", tmp_path / "model", "--context", 128, "--json")
+    done = command(*build, "--prepend-bos", home=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["fingerprint"] == with_bos.fingerprint

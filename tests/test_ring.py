@@ -99,6 +99,19 @@ def test_an_sae_trained_through_a_ring_equals_the_one_trained_on_the_store(
     assert record["data"]["model_sha"] == tiny_model.identity["weights_sha256"]
 
 
+def test_a_transcoder_trained_through_a_ring_equals_the_one_trained_on_the_store(
+    ring_store: ActivationStore, tmp_path: Path, make_ring: Any
+) -> None:
+    """Rows of both hooks stay those of the same tokens while shards come and go."""
+    config = TrainConfig(steps=40, batch_size=64, screen="off", log_every=10)
+    job, hooks = [presets.topk(d_sae=96, k=4)], {"hook": MLP, "out_hook": POST}
+    want = train(ring_store, job, config, **hooks)[0].sae
+    ring = make_ring(1000, hooks=[MLP, POST], window=32, workspace=tmp_path / "both")
+    found = train(ring, job, config, **hooks)[0].sae
+    assert found.cfg.out_hook == POST
+    assert all(torch.equal(t, found.state_dict()[name]) for name, t in want.state_dict().items())
+
+
 def test_statistics_are_those_of_the_first_window_or_the_given_ones(
     ring_store: ActivationStore, make_ring: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

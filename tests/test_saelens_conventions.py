@@ -97,11 +97,19 @@ def test_centred_writing_weights_are_folded_into_the_encoder(architecture: str, 
     torch.testing.assert_close(again(x), ours(x), rtol=1e-5, atol=1e-5)
 
 
+# the keys of the published GPT-2 residual SAEs (gpt2-small-res-jb), which do not say prepend_bos
 LEGACY = {
     "model_name": "gpt2-small", "hook_point": "blocks.1.hook_resid_pre", "hook_point_layer": 1,
-    "hook_point_head_index": None, "prepend_bos": True, "context_size": 128, "dataset_path": "Skylion007/openwebtext",
-    "is_dataset_tokenized": False, "lr": 4e-4, "l1_coefficient": 8e-5, "expansion_factor": 3, "d_in": D, "d_sae": F,
-    "dtype": "torch.float32", "device": "cpu", "use_ghost_grads": False, "normalize_activations": False,
+    "hook_point_head_index": None, "dataset_path": "Skylion007/openwebtext", "is_dataset_tokenized": False,
+    "context_size": 128, "use_cached_activations": False, "cached_activations_path": "activations", "d_in": D,
+    "n_batches_in_buffer": 128, "total_training_tokens": 300000000, "store_batch_size": 32, "device": "cpu",
+    "seed": 42, "dtype": "torch.float32", "b_dec_init_method": "geometric_median", "expansion_factor": 3,
+    "from_pretrained_path": None, "l1_coefficient": 8e-5, "lr": 4e-4, "lr_scheduler_name": None,
+    "lr_warm_up_steps": 5000, "train_batch_size": 4096, "use_ghost_grads": False, "feature_sampling_window": 1000,
+    "feature_sampling_method": None, "resample_batches": 1028, "feature_reinit_scale": 0.2,
+    "dead_feature_window": 5000, "dead_feature_estimation_method": "no_fire", "dead_feature_threshold": 1e-8,
+    "log_to_wandb": True, "wandb_project": "p", "wandb_entity": None, "wandb_log_frequency": 100, "n_checkpoints": 10,
+    "checkpoint_path": "checkpoints/x", "d_sae": F, "tokens_per_buffer": 67108864, "run_name": "r",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from cache.cleaning import collect_garbage
 from cache.records import record_path
+from cache.ring_filler import take_lock
 from cache.workspace import atomic_dir, atomic_file, locked, write_json, write_new_json
 from tests.corpora import HOOK, OTHER, make_store
 from tests.test_cli import run
@@ -172,3 +173,42 @@ def test_of_two_commits_of_one_name_the_first_stays(
     assert write_new_json(tmp_path / "r.json", 1)
     assert not write_new_json(tmp_path / "r.json", 2)
     assert json.loads((tmp_path / "r.json").read_text()) == 1
+
+
+def test_an_idle_ring_goes_and_one_that_a_run_fills_stays(tmp_path: Path) -> None:
+    for name in ("idle", "used", "young"):
+        folder = tmp_path / "rings" / name
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+        (folder / "shard").write_bytes(bytes(1000))
+        if name != "young":
+            age(folder, 2)
+    held = take_lock(tmp_path / "rings" / "used")
+    age(tmp_path / "rings" / "used", 2)
+    assert names(tmp_path) == ["idle"]
+    held.close()
+    assert names(tmp_path, delete=True) == ["idle", "used"]
+    assert [p.name for p in (tmp_path / "rings").iterdir()] == ["young"]
+
+
+def test_replaced_index_files_go_and_the_named_ones_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "features" / "a@b"
+    for name in ("features-1.duckdb", "features-2.duckdb", "features-3.duckdb", "proxies-1.parquet"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(10))
+    write_json(folder / "current.json", {"file": "features-2.duckdb"})
+    write_json(folder / "proxies.json", {"file": "proxies-1.parquet"})
+    damaged = tmp_path / "features" / "c@d"
+    damaged.mkdir()
+    (damaged / "features-1.duckdb").write_bytes(bytes(10))
+    (damaged / "current.json").write_text("{")
+    age(tmp_path / "features", 2)
+    os.utime(folder / "features-3.duckdb")  # the one that is being made
+    code, out, _ = run(capsys, "store", "gc", "-w", str(tmp_path))
+    assert code == 0 and "replaced by a newer one" in out
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == [
+        "current.json", "features-2.duckdb", "features-3.duckdb", "proxies-1.parquet", "proxies.json",
+    ]  # fmt: skip
+    assert (damaged / "features-1.duckdb").is_file()

@@ -124,7 +124,9 @@ def test_sae_lens_loads_our_transcoder_with_equal_outputs(activation: str, tmp_p
 @pytest.mark.parametrize("name", ["Transcoder", "JumpReLUTranscoder"])
 def test_a_transcoder_that_sae_lens_wrote_loads_here(name: str, tmp_path: Path) -> None:
     module = pytest.importorskip("sae_lens.saes.transcoder", reason="sae-lens is not installed")
-    theirs = getattr(module, name)(getattr(module, f"{name}Config")(d_in=D, d_out=OUT, d_sae=F, apply_b_dec_to_input=False))
+    theirs = getattr(module, name)(
+        getattr(module, f"{name}Config")(d_in=D, d_out=OUT, d_sae=F, apply_b_dec_to_input=False)
+    )
     gen = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for p in theirs.parameters():
@@ -137,7 +139,9 @@ def test_a_transcoder_that_sae_lens_wrote_loads_here(name: str, tmp_path: Path) 
 
 def test_a_skip_transcoder_is_refused_by_its_name(tmp_path: Path) -> None:
     module = pytest.importorskip("sae_lens.saes.transcoder", reason="sae-lens is not installed")
-    module.SkipTranscoder(module.SkipTranscoderConfig(d_in=D, d_out=OUT, d_sae=F, apply_b_dec_to_input=False)).save_model(tmp_path)
+    module.SkipTranscoder(
+        module.SkipTranscoderConfig(d_in=D, d_out=OUT, d_sae=F, apply_b_dec_to_input=False)
+    ).save_model(tmp_path)
     with pytest.raises(DataError, match="skip_transcoder"):
         SAE.load(tmp_path)
 
@@ -165,7 +169,9 @@ def test_every_preset_trains_as_a_transcoder_and_comes_back_folded(preset: str, 
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24), rtol=0, atol=1e-4)
     found = evaluate(sae, store)
     # in the units of the stored rows: a scale that was folded wrongly is off by a factor
-    assert found.value("fvu") < 1.0 and found.value("fvu") == pytest.approx(result.metrics[-1]["fvu"], rel=0.5)
+    assert found.value("fvu") < 1.0 and found.value("fvu") == pytest.approx(
+        result.metrics[-1]["fvu"], rel=0.5
+    )
 
 
 def test_the_folded_transcoder_computes_what_training_computed(store) -> None:
@@ -176,7 +182,9 @@ def test_the_folded_transcoder_computes_what_training_computed(store) -> None:
     config = TrainConfig(steps=20, batch_size=64, lr=3e-3, screen="off")
     source = StoreSource(store, HOOK, OTHER)
     for cfg in (topk(d_sae=24, k=3), jumprelu(d_sae=24, l0=0.01), PRESETS["gated"](d_sae=24, l1=0.01)):
-        cfg = SAEConfig.from_dict(cfg.to_dict() | {"d_model": 10, "d_out": 6, "hook": HOOK, "out_hook": OTHER})
+        cfg = SAEConfig.from_dict(
+            cfg.to_dict() | {"d_model": 10, "d_out": 6, "hook": HOOK, "out_hook": OTHER}
+        )
         t = Trainer(cfg, config, source.moments(config), torch.device("cpu"), source.target_moments(config))
         rows = next(iter(source.stream(config, None, torch.device("cpu"))))
         t.start(rows.x, rows.target)
@@ -294,7 +302,10 @@ def test_an_unedited_transcoder_with_its_error_term_is_bit_identical_and_differe
 
 def test_a_transcoder_is_refused_where_it_cannot_read_or_write(mlp) -> None:
     model, store, result = mlp
-    with pytest.raises(DataError, match="attach it at the hook that it predicts"), attach(model, {IN_HOOK: result.sae}):
+    with (
+        pytest.raises(DataError, match="attach it at the hook that it predicts"),
+        attach(model, {IN_HOOK: result.sae}),
+    ):
         pass
     turned = SAE(SAEConfig.from_dict(result.sae.cfg.to_dict() | {"hook": OUT_HOOK, "out_hook": IN_HOOK}))
     with (
@@ -330,7 +341,9 @@ def test_evaluation_scores_the_target_and_replaces_the_mlp(mlp) -> None:
     assert found.value("fvu") == pytest.approx(float(total / spread), rel=1e-4)
     linear = [r["subject"] for r in found.rows if r["subject"].startswith("linear-")]
     assert linear and found.value("fvu") < found.value("fvu", "untrained")
-    assert np.isfinite(found.value("delta_ce")) and found.value("ce", "sae") != found.value("ce_clean", "model")
+    assert np.isfinite(found.value("delta_ce")) and found.value("ce", "sae") != found.value(
+        "ce_clean", "model"
+    )
 
 
 def test_the_index_of_a_transcoder_lists_the_codes_of_its_input(mlp) -> None:
@@ -359,8 +372,25 @@ def test_the_command_line_trains_evaluates_and_goes_on_from_a_transcoder(mlp, ca
     assert code == 0 and json.loads(out)[0]["path"] != first["path"]
     code, _, err = run(capsys, "train", store.path.name, *hooks, "--d-sae", "64", "--k", "4", *again, *more)
     assert code == 1 and "d_sae 32" in err
-    code, _, err = run(capsys, "train", store.path.name, "--hook", IN_HOOK, "--out-hook", "x", "--d-sae", "64", *more)
+    code, _, err = run(
+        capsys, "train", store.path.name, "--hook", IN_HOOK, "--out-hook", "x", "--d-sae", "64", *more
+    )
     assert code == 2 and "--out-hook is one of" in err
     options = ["--max-tokens", "0", "-w", str(store.workspace), "--json"]
     code, out, _ = run(capsys, "evaluate", first["sae_id"], store.path.name, *options)
     assert code == 0 and {"fvu", "l0"} <= {r["metric"] for r in json.loads(out)}
+
+
+def test_the_inspector_holds_a_transcoder_against_its_target(mlp) -> None:
+    from app.inspection import inspect_text
+
+    model, store, result = mlp
+    mean = store.stats(OUT_HOOK, split="train", skip="first").mean
+    found = inspect_text(model, result.sae, SENTENCES[0], mean=mean)
+    ids = torch.tensor([model.tokenizer(SENTENCES[0], add_special_tokens=False)["input_ids"]])
+    seen = model.capture(ids, [IN_HOOK, OUT_HOOK])
+    y = seen[OUT_HOOK][0, 1:].float()
+    error = ((result.sae(seen[IN_HOOK][0, 1:].float()) - y) ** 2).sum(1) / (
+        (y - torch.as_tensor(mean)) ** 2
+    ).sum(1)
+    np.testing.assert_allclose(found.fvu[1:], error.numpy(), rtol=1e-3)

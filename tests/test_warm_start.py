@@ -43,11 +43,9 @@ def test_the_first_step_has_the_fvu_of_the_given_sae(preset: str, x: Tensor) -> 
     """Logged before the first update, on the same rows: the fold is undone exactly, in every space."""
     given = train(x, [config(preset)], EARLIER)[0].sae
     again = train(x, [config(preset)], STEP, warm_start=given)[0]
-    if given.cfg.has_k and not given.cfg.fixed_k:
-        # training takes B k latents of a batch, not those above the threshold
-        want = fvu_of_batch(given, x)
-    else:
-        want = fvu(given, x)
+    # training of batch_* takes B k latents of a batch, not those above the threshold
+    of_batch = given.cfg.has_k and not given.cfg.fixed_k
+    want = fvu_of_batch(given, x) if of_batch else fvu(given, x)
     if again.sae.cfg.space == "aip":
         # its metrics are of whitened rows; a step this small leaves the SAE what it was
         torch.testing.assert_close(again.sae(x), given(x), rtol=1e-2, atol=0.05)

@@ -73,7 +73,8 @@ class Report:
     """Collects claims, prints each as it is decided, and ends with the JSON line (and `--out FILE`)."""
 
     def __init__(self, paper: str, out: str | None = None) -> None:
-        self.paper, self._out, self.claims = paper, out, []
+        self.paper, self._out = paper, out
+        self.claims: list[dict[str, Any]] = []
         self.data: dict[str, Any] = {}
         self._started = time.time()
 

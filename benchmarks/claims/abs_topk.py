@@ -44,12 +44,12 @@ PARTS = ("synthetic", *AXES, "poles")
 # ---- known dictionaries ----
 
 
-def synthetic(report: Report, seeds: int) -> None:
+def synthetic(report: Report, seeds: int, steps: int) -> None:
     """Axes recovered by AbsTopK n, TopK n and TopK 2n."""
     for name in ("S4", "S5"):
         found: dict[str, list[dict[str, float]]] = {}
         for seed in range(seeds):
-            for label, scores in axes_recovered(name, seed).items():
+            for label, scores in axes_recovered(name, seed, steps).items():
                 found.setdefault(label, []).append(scores)
         report.data[name] = {
             label: {m: [s[m] for s in runs] for m in ("frr", "mcc", "support_f1", "alive", "fvu")}
@@ -63,7 +63,7 @@ def synthetic(report: Report, seeds: int) -> None:
         report.claim(f"{name}_against_2n", judge(gain, 0.05), seeds=seeds, why=f"axes recovered {mean}")
 
 
-def axes_recovered(name: str, seed: int, steps: int = 1500) -> dict[str, dict[str, float]]:
+def axes_recovered(name: str, seed: int, steps: int) -> dict[str, dict[str, float]]:
     suite, fresh = (make_suite(name, seed, n_rows=n, draw=i).as_axes() for i, n in enumerate((32_768, 8_192)))
     n, k = len(suite.V), suite.config.l0
     configs = {
@@ -192,7 +192,8 @@ def pole_shares(sae: SAE, store: Any) -> dict[str, float]:
         frame = compute_proxies(index)
     finally:
         index.close()
-    score, out = frame["proxy_score"].fillna(1.0), {}
+    score = frame["proxy_score"].fillna(1.0)
+    out: dict[str, float] = {}
     for cut in (MEANINGFUL, *OTHER_CUTS):
         n, at = (score >= cut).groupby(frame["feature"]).sum(), "" if cut == MEANINGFUL else f"_{cut:g}"
         out |= {
@@ -203,18 +204,19 @@ def pole_shares(sae: SAE, store: Any) -> dict[str, float]:
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, help="default: synthetic k poles; all with --full"
     )
+    parser.add_argument("--suite-steps", type=int, default=1500, help="training steps on S4 and S5")
     args = parsed(parser, argv)
     args.steps = args.steps or (3000 if args.full else 300)
     parts = args.parts or (PARTS if args.full else ("synthetic", "k", "poles"))
     report = Report("AbsTopK (arXiv 2510.00404)", args.out)
     if "synthetic" in parts:
         with one_thread():
-            synthetic(report, max(5, args.seeds))
+            synthetic(report, max(5, args.seeds), args.suite_steps)
     if set(parts) - {"synthetic"}:
         with scratch_store(args.workspace) as store:
             kept: dict[int, dict[str, SAE]] = {}
@@ -230,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
     }
     report.finish()
+    return 0
 
 
 if __name__ == "__main__":

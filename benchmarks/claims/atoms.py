@@ -24,7 +24,9 @@ Registered before the run (smallest effect that counts; verdicts as in _common.p
         angles_over_gaussian    how much nearer to 90 degrees the AIP brings the median pairwise angle of rows, beyond
                                 what it does for Gaussian rows of the same mean and covariance (degrees)           1
 
-R^2 leaves out attention sinks. q* is nearly a function of L0: only its excess is judged. Runs are short; --full has ten
+R^2 leaves out attention sinks. q* is nearly a function of L0: only its excess is judged. Atoms of whitened space start at an
+excess of 0 (random directions there are the random control), those of plain space far below: q_star_over_topk and
+q_star_of_training hold already for untrained dictionaries, and only q_star_over_random is a finding. Runs are short; --full has ten
 times the steps, widths up to 16 d and more codes for basis pursuit.
 """
 
@@ -41,7 +43,7 @@ from torch import Tensor
 from saes import TrainConfig, evaluate_atoms, make_suite, presets, recovery_scores, train
 from saes.aip import AIP, angle_histogram, histogram_median, second_moment, store_aip
 from saes.coherence import coherence, q_star
-from saes.config import SAEConfig
+from saes.config import SAEConfig, Space
 from saes.sae import SAE
 
 PARTS = ("synthetic", "store")
@@ -79,7 +81,8 @@ def one_suite(name: str, seed: int, steps: int) -> dict[str, Any]:
         steps=steps, batch_size=256, lr=8e-3, warmup_steps=30, seed=seed, screen="off", log_every=steps
     )
     width = int(1.5 * len(rows.V))
-    for geometry, space in zip(GEOMETRIES, ("aip", "scalar"), strict=True):
+    trained_in: dict[str, Space] = {"aip": "aip", "plain": "scalar"}
+    for geometry, space in trained_in.items():
         job = [
             presets.threshold_atoms(d_sae=width, l0=w, space=space, bandwidth=0.2, threshold_init=1.0)
             for w in WEIGHTS
@@ -121,7 +124,7 @@ def widths(d: int, full: bool) -> list[int]:
     return [d, 2 * d, 4 * d, *([8 * d, 16 * d] if full else [])]
 
 
-def atoms_config(width: int, name: str, space: Any = "aip") -> SAEConfig:
+def atoms_config(width: int, name: str, space: Space = "aip") -> SAEConfig:
     """Thresholds start at 2 standard deviations of u: a Gaussian row has an L0 of 2 % of the width there."""
     return presets.threshold_atoms(
         d_sae=width, space=space, l0=0.1, l0_target=L0, threshold_init=2.0, bandwidth=0.3, name=name
@@ -230,7 +233,7 @@ def angles(store: Any, hook: str, aip: AIP, seed: int) -> dict[str, float]:
     noise = torch.randn(20_000, x.shape[1], generator=gen, dtype=torch.float64)
     fake = x.mean(0) + (noise * values.clamp_min(0).sqrt()) @ vectors.T
     own = second_moment([fake], x.shape[1], len(fake)).aip()
-    out = {}
+    out: dict[str, float] = {}
     for name, rows, inner in (("", x, aip), ("_gaussian", fake, own)):
         plain, white = (histogram_median(angle_histogram(r)) for r in (rows[:512], inner.whiten(rows[:512])))
         out |= {f"plain{name}": plain, f"aip{name}": white, f"gain{name}": abs(plain - 90) - abs(white - 90)}

@@ -59,7 +59,7 @@ def ratios(found: dict[str, list[dict[str, float]]]) -> list[float]:
     return [a["fvu"] / b["fvu"] - 1 for a, b in zip(found["none"], found["auxk"], strict=True)]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(arguments(__doc__), argv)
     args.steps = args.steps or (3000 if args.full else 600)
     report = Report("AuxK (Gao et al. 2024, arXiv 2406.04093)", args.out)
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gain = [r + 0.01 for r in ratios(gentle)]
         report.claim("gentle_fvu", judge(gain, 0.01), seeds=args.seeds, why="learning rate 1e-3, k 32")
     report.finish()
+    return 0
 
 
 if __name__ == "__main__":

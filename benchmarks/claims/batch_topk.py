@@ -8,8 +8,7 @@ the logarithms; each other SAE is held against it at its own L0. All SAEs of a s
 
     batch_topk_k<k>    FVU(TopK at this L0) / FVU(BatchTopK) - 1       at least 0.005   (paper: lower at all settings)
     jumprelu_<target>  FVU(TopK at this L0) / FVU(JumpReLU) - 1        at least 0.005   (paper: lower at all settings)
-    batch_against_jumprelu_<k>   |log ratio| at equal k and target, 0.05 - |log(FVU ratio at TopK's curve)|   above 0
-                       (paper: BatchTopK is near JumpReLU)
+    batch_against_jumprelu_<k>   0.05 - |log of the quotient of these two FVU ratios|   above 0   (paper: BatchTopK is near JumpReLU)
 
 k and target: 24 and 48; --full 20, 32, 48, 64. JumpReLU's thresholds start at 3 standard deviations with a wide rectangle,
 since a short run moves them little; a long run (--full) is the fair one for it.
@@ -48,7 +47,7 @@ def gains(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: at_l0(curve, v["l0"]) / v["fvu"] - 1 for name, v in others.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(arguments(__doc__), argv)
     args.steps = args.steps or (3000 if args.full else 300)
     targets = (20, 32, 48, 64) if args.full else (24, 48)
@@ -92,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             why="distance of the two ratios",
         )
     report.finish()
+    return 0
 
 
 if __name__ == "__main__":

@@ -100,16 +100,19 @@ def cost(report: Report, store: Any, args: Any) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parsed(arguments(__doc__), argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--suite-steps", type=int, default=2000, help="training steps on S6")
+    args = parsed(parser, argv)
     args.steps = args.steps or (3000 if args.full else 500)
     report = Report("Matryoshka SAEs (arXiv 2503.17547)", args.out)
     with one_thread():
-        hierarchy(report, max(5, args.seeds), 2000)
+        hierarchy(report, max(5, args.seeds), args.suite_steps)
     with scratch_store(args.workspace) as store:
         cost(report, store, args)
     report.data["settings"] = {"steps": args.steps, "batch": args.batch, "lr": LR}
     report.finish()
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def measure(d: int, d_sae: int, device: torch.device, rounds: int) -> dict[str, 
     first = trainers["topk"]
     weights = (first.sae.b_enc.detach().clone(), first.sae.W_enc.detach().clone())
     fns: dict[str, Callable[[], Any]] = {"gemm": lambda: torch.addmm(weights[0], batch, weights[1].T)}
-    fns |= {name: lambda t=t: t.step(batch, 0) for name, t in trainers.items()}
+    fns |= {name: partial(t.step, batch, 0) for name, t in trainers.items()}
     fns["dense"] = lambda: dense_step(first, batch)
     seconds = medians(fns, rounds, device)
     out = {"gemm_ms": seconds["gemm"] * 1e3}

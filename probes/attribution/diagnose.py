@@ -24,6 +24,9 @@ CAVEAT = (
     "not on patching it alone in the clean run; the two are the same where effects add up."
 )
 ALPHAS = (0.1, 0.01, 0.001)
+SHARE = 0.2
+"""Chance of a node to be in a subset."""
+MIN_EXPECTED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +77,23 @@ def subset_bounds(member: np.ndarray, y: np.ndarray, alphas: Sequence[float] = A
     return estimate, se, bounds
 
 
+def check_sampling(n_samples: int, p: float) -> None:
+    """UsageError where a node would be in too few subsets, or in too many, for its statistics."""
+    if not 0 < p < 1 or n_samples * min(p, 1 - p) < MIN_EXPECTED:
+        raise UsageError(
+            f"{n_samples} subsets at p = {p:g} hold a node {n_samples * p:g} times on average: "
+            f"it must be in and out at least {MIN_EXPECTED} times, so draw more subsets (200 is usual)"
+        )
+
+
 def draw_subsets(n: int, n_samples: int, p: float, seed: int) -> np.ndarray:
     """Membership [m, n], bool."""
-    if not 0 < p < 1 or n_samples < 4:
-        raise UsageError(
-            f"p must lie between 0 and 1 and n_samples be 4 or more, got p={p}, n_samples={n_samples}"
-        )
+    check_sampling(n_samples, p)
     return np.random.default_rng(seed).random((n_samples, n)) < p
 
 
 def diagnose(
-    exact: ExactPatching, verified: np.ndarray, *, n_samples: int = 200, p: float = 0.2,
+    exact: ExactPatching, verified: np.ndarray, *, n_samples: int = 200, p: float = SHARE,
     alphas: Sequence[float] = ALPHAS, seed: int = 0,
 ) -> Diagnosis:  # fmt: skip
     """Bound the effects of all nodes that are not in `verified`, with `n_samples` patched passes."""

@@ -13,6 +13,7 @@ in all of them. The same seed and tokenizer give the same pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import permutations, product
 from typing import Any
 
@@ -20,6 +21,9 @@ import numpy as np
 
 from cache.errors import DataError, UsageError
 from probes.attribution.pairs import PromptPair, tokenise
+
+Option = PromptPair | Callable[[], PromptPair]
+"""A pair, or how to make it where that takes time."""
 
 MEN = ["John", "James", "Michael", "David", "Robert", "Paul", "Mark", "Peter", "Tom", "George", "Jack", "Henry", "Adam", "Simon", "Eric", "Ryan", "Kevin", "Brian", "Steve", "Charles"]  # fmt: skip
 WOMEN = ["Mary", "Anna", "Sarah", "Emma", "Lisa", "Jane", "Laura", "Alice", "Susan", "Karen", "Maria", "Rachel", "Julia", "Linda", "Helen", "Kate", "Amy", "Jennifer", "Emily", "Ruth"]  # fmt: skip
@@ -47,33 +51,30 @@ class _Words:
         return [w for w in words if len(self.ids(f" {w}")) == 1]
 
 
-def _indirect_object(words: _Words) -> Iterator[PromptPair]:
+def _indirect_object(words: _Words) -> Iterator[Option]:
     for a, b in permutations(words.single(MEN + WOMEN), 2):
         clean, noise = (f"When {a} met {b}, {who} smiled at" for who in (a, b))
         yield PromptPair(clean=clean, noise=noise, answers=(f" {b}",), wrong=(f" {a}",))
 
 
-def _greater_than(words: _Words) -> Iterator[PromptPair]:
+def _greater_than(words: _Words) -> Iterator[Option]:
     noun = words.single(["war", "siege", "crisis", "reign", "trial", "strike", "voyage", "famine", "project"])
     for what, century, year in product(noun, (16, 17, 18), range(22, 79)):
-        start = f"The {what} went from {century}"
-        before = len(words.ids(f"{start}{year} to {century}"))
-
-        def following(y: int, text: str = f"{start}{year} to {century}", n: int = before) -> int:
-            return words.ids(f"{text}{y:02d}")[n]
-
-        right, wrong = ({following(y) for y in years} for years in (range(year + 1, 100), range(year)))
-        texts = [
-            tuple(sorted(words.tokenizer.decode([t]) for t in s)) for s in (right - wrong, wrong - right)
-        ]
-        if all(texts):
-            noise = f"{start}02 to {century}"
-            yield PromptPair(
-                clean=f"{start}{year} to {century}", noise=noise, answers=texts[0], wrong=texts[1]
-            )
+        yield partial(_years, words, f"The {what} went from {century}", century, year)
 
 
-def _city_country(words: _Words) -> Iterator[PromptPair]:
+def _years(words: _Words, start: str, century: int, year: int) -> PromptPair:
+    """Answers are what the tokenizer makes of the years after, wrong ones of the years before: digits or numbers."""
+    text = f"{start}{year} to {century}"
+    n = len(words.ids(text))
+    right, wrong = (
+        {words.ids(f"{text}{y:02d}")[n] for y in years} for years in (range(year + 1, 100), range(year))
+    )
+    texts = [tuple(sorted(words.tokenizer.decode([t]) for t in s)) for s in (right - wrong, wrong - right)]
+    return PromptPair(clean=text, noise=f"{start}02 to {century}", answers=texts[0], wrong=texts[1])
+
+
+def _city_country(words: _Words) -> Iterator[Option]:
     for a, b in permutations(words.single(CITIES), 2):
         yield PromptPair(
             clean=f"The city of {a} is in",
@@ -83,7 +84,7 @@ def _city_country(words: _Words) -> Iterator[PromptPair]:
         )
 
 
-def _gender_pronoun(words: _Words) -> Iterator[PromptPair]:
+def _gender_pronoun(words: _Words) -> Iterator[Option]:
     men, women = words.single(MEN), words.single(WOMEN)
     for state, man, woman in product(("tired", "late", "hungry", "sick", "happy"), men, women):
         for a, b, right, wrong in ((woman, man, " she", " he"), (man, woman, " he", " she")):
@@ -91,7 +92,7 @@ def _gender_pronoun(words: _Words) -> Iterator[PromptPair]:
             yield PromptPair(clean=clean, noise=noise, answers=(right,), wrong=(wrong,))
 
 
-def _a_an(words: _Words) -> Iterator[PromptPair]:
+def _a_an(words: _Words) -> Iterator[Option]:
     plain, vowel = words.single(CONSONANT), words.single(VOWEL)
     for verb, c, v in product(("ate", "took", "bought"), plain, vowel):
         for a, b, right, wrong in ((c, v, " a", " an"), (v, c, " an", " a")):
@@ -99,7 +100,7 @@ def _a_an(words: _Words) -> Iterator[PromptPair]:
             yield PromptPair(clean=clean, noise=noise, answers=(right,), wrong=(wrong,))
 
 
-PAIR_SETS: dict[str, Callable[[_Words], Iterator[PromptPair]]] = {
+PAIR_SETS: dict[str, Callable[[_Words], Iterator[Option]]] = {
     "indirect_object": _indirect_object, "greater_than": _greater_than, "city_country": _city_country,
     "gender_pronoun": _gender_pronoun, "a_an": _a_an,
 }  # fmt: skip
@@ -113,7 +114,8 @@ def pair_set(name: str, tokenizer: Any, n: int = 10, *, seed: int = 0) -> list[P
     found: list[PromptPair] = []
     length: int | None = None
     for i in np.random.default_rng(seed).permutation(len(options)):
-        pair = options[i]
+        option = options[i]
+        pair = option if isinstance(option, PromptPair) else option()
         try:
             tokens = tokenise(pair, tokenizer)
         except DataError:

@@ -27,9 +27,11 @@ RECORD, NODES, RECALL, BOUNDS = "run.json", "nodes.parquet", "recall.parquet", "
 
 def write_attribution(
     attribution: Any, scores: Any, pairs: Any, workspace: Any = None, *, name: str = "",
-    recall: pd.DataFrame | None = None, diagnoses: Mapping[int, Sequence[Any]] | None = None, started: float | None = None,
+    recall: pd.DataFrame | None = None, diagnoses: Mapping[int, Sequence[Any]] | None = None,
+    truth: Sequence[np.ndarray] | None = None, started: float | None = None,
 ) -> Path:  # fmt: skip
-    """Write a run and return its folder. `diagnoses` maps K, the nodes verified, to a Diagnosis of each pair."""
+    """Write a run and return its folder. `diagnoses` maps K, the nodes verified, to a Diagnosis of each pair; with
+    `truth`, the effects of all nodes of each pair, the largest missed one stands beside its bound."""
     from probes.attribution.pairs import as_pairs
 
     targets = attribution.targets(pairs)
@@ -50,7 +52,7 @@ def write_attribution(
         if recall is not None:
             pq.write_table(_table(recall), tmp / RECALL)
         if diagnoses:
-            pq.write_table(_table(_bounds(diagnoses)), tmp / BOUNDS)
+            pq.write_table(_table(_bounds(diagnoses, scores, truth)), tmp / BOUNDS)
         write_json(tmp / RECORD, record)
     return folder
 
@@ -88,13 +90,15 @@ def _nodes(scores: Any, targets: Sequence[Any], tokenizer: Any) -> pd.DataFrame:
     return frame.sort_values("score", ascending=False, kind="stable")
 
 
-def _bounds(diagnoses: Mapping[int, Sequence[Any]]) -> pd.DataFrame:
-    rows = [
-        {"k": k, "pair": i, "alpha": alpha, "bound": bound, "n_samples": d.n_samples, "p": d.p}
-        for k, found in diagnoses.items()
-        for i, d in enumerate(found)
-        for alpha, bound in d.bounds.items()
-    ]
+def _bounds(diagnoses: Mapping[int, Sequence[Any]], scores: Any, truth: Sequence[np.ndarray] | None) -> pd.DataFrame:  # fmt: skip
+    rows = []
+    for k, found in diagnoses.items():
+        rest = scores.order()[k:]
+        for i, d in enumerate(found):
+            missed = np.nan if truth is None or not len(rest) else float(np.abs(truth[i][rest]).max())
+            for alpha, bound in d.bounds.items():
+                row = {"k": k, "pair": i, "alpha": alpha, "bound": bound, "missed": missed}
+                rows.append(row | {"n_samples": d.n_samples, "p": d.p})
     return pd.DataFrame(rows)
 
 

@@ -27,7 +27,9 @@ class Card:
     l0: float | None = None
     fvu: float | None = None
     norm_factor: float | None = None
-    """Factor on the rows in training, where the files leave it out."""
+    """Factor on the rows in training, by the directory: for files that say there was one and leave it out."""
+    given_factor: float | None = None
+    """The same from the caller: applied whatever the files say."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Keys that replace those of a SAELens cfg.json."""
 

@@ -30,12 +30,18 @@ _SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _SITES_2 = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z"}
 _KNOWN_2 = {"architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out", "width", "l0", "affine_connection",
             "type"}  # fmt: skip
-_TEXT = {"prepend_bos": True, "skip_first": True, "context": 1024, "dataset": "monology/pile-uncopyrighted"}
+_TEXT: dict[str, Any] = {
+    "prepend_bos": True,
+    "skip_first": True,
+    "context": 1024,
+    "dataset": "monology/pile-uncopyrighted",
+}
 
 
 def read(path: Path, card: Card) -> Found:
     """The SAE in the folder `path`."""
     where = card.where or str(path.resolve())
+    _refuse_kind(where, path)
     if (path / NPZ).is_file():
         model, hook, l0 = _first(where)
         tensors, file = _npz(path / NPZ), path / NPZ
@@ -45,12 +51,19 @@ def read(path: Path, card: Card) -> Found:
         tensors, file = {n: held[n.lower()] for n in _NAMES}, path / SAFETENSORS
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     check_tensors(tensors, file)
-    if "embedding" in where:
-        raise DataError(f"{path}: SAEs of the embedding take scaled rows, which this version does not read")
     fold_input_bias(tensors)
     model = model or card.model
     conventions = Conventions(model=model, l0=l0, **_TEXT)
     return Found({"activation": "jumprelu", "hook": hook, "model": model}, tensors, conventions)
+
+
+def _refuse_kind(where: str, path: Path) -> None:
+    """By the names of the repository and the folders in it: nothing in the files tells these from SAEs."""
+    names = "/".join(where.split("/")[-4:])
+    if "transcoder" in names or re.search(r"(^|/)clt", names):
+        raise DataError(f"{path} is a transcoder by its name: this version reads SAEs of Gemma Scope only")
+    if "embedding" in names:
+        raise DataError(f"{path}: SAEs of the embedding take scaled rows, which this version does not read")
 
 
 def _npz(path: Path) -> dict[str, Tensor]:

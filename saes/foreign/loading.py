@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from cache.errors import DataError, MissingDataError
 from saes.config import SAEConfig
 from saes.conventions import Conventions
 from saes.foreign import dictionary_learning, gemma_scope, sparsify
+from saes.foreign.folding import fold_input_factor
 from saes.foreign.found import Card, Found
 from saes.foreign.releases import locate, split_reference
 from saes.sae import SAE
@@ -44,13 +46,13 @@ def load(
 def located(
     reference: str | Path, *, norm_factor: float | None = None, workspace: str | Path | None = None
 ) -> tuple[Path, Card]:
-    """Folder and card of a reference; `norm_factor` wins over the card's."""
+    """Folder and card of a reference; `norm_factor` wins over the files and the directory."""
     named = split_reference(str(reference))
     folder, card = (Path(reference), Card()) if named is None else locate(*named, workspace)
     if norm_factor is not None:
         if not norm_factor > 0:
             raise DataError(f"norm_factor is a factor on the rows above 0, got {norm_factor}")
-        card = Card(**{**vars(card), "norm_factor": norm_factor})
+        card = replace(card, given_factor=norm_factor)
     return folder, card
 
 
@@ -82,6 +84,8 @@ def is_sae(folder: Path) -> bool:
 
 def built(cls: type[S], found: Found, kind: str, card: Card) -> S:
     """The module from what a reader found."""
+    if card.given_factor is not None:
+        fold_input_factor(found.tensors, card.given_factor)
     d_sae, d_model = found.tensors["W_enc"].shape
     sae = cls(SAEConfig(d_sae=d_sae, d_model=d_model, space="raw", **found.config))
     expected = dict(sae.named_parameters())

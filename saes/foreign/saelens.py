@@ -31,7 +31,7 @@ _METADATA = {
 }  # fmt: skip
 # of a training job, without effect on what the finished SAE computes
 _TRAINING = {
-    "hook_layer", "hook_point_layer", "hook_eval", "dataset_trust_remote_code", "is_dataset_tokenized",
+    "hook_layer", "hook_point_layer", "hook_eval", "hook_point_eval", "dataset_trust_remote_code", "is_dataset_tokenized",
     "streaming", "use_cached_activations", "cached_activations_path", "expansion_factor",
     "from_pretrained_path", "b_dec_init_method", "decoder_orthogonal_init", "decoder_heuristic_init",
     "decoder_heuristic_init_norm", "init_encoder_as_decoder_transpose", "normalize_sae_decoder", "noise_scale",
@@ -64,7 +64,8 @@ _STREAM = (
 def upgraded(raw: dict[str, Any], card: Card, path: Path) -> dict[str, Any]:
     """The config as sae-lens 6 would write it; keys that nobody knows stay, for the reader to refuse."""
     cfg = {_RENAMED.get(k, k): v for k, v in (raw | _known_overrides(card)).items()}
-    meta = dict(cfg.get("metadata") or {})
+    # before version 6 BOS was the rule where the file does not say
+    meta = dict(cfg["metadata"] or {}) if "metadata" in cfg else {"prepend_bos": True}
     meta |= {k: cfg.pop(k) for k in list(cfg) if k in _METADATA}
     for key in _TRAINING & set(cfg):
         del cfg[key]
@@ -95,25 +96,26 @@ def apply_conventions(tensors: Tensors, cfg: dict[str, Any], card: Card, path: P
     meta = cfg["metadata"]
     hook = meta.get("hook_name") or ""
     rule = cfg.get("normalize_activations", "none")
-    if rule == "expected_average_only_in" and "d_out" not in cfg:
-        if card.norm_factor is None:
-            raise DataError(
-                f"{path} was trained on rows scaled to a mean norm of sqrt(d_in), and the factor is not in it: give "
-                "norm_factor (sqrt(d_in) / the mean norm of its rows), or load it by its release"
-            )
-        fold_input_factor(tensors, card.norm_factor)
-    elif rule not in ("none", UNIT, "expected_average_only_in"):
+    if rule not in ("none", UNIT, "expected_average_only_in"):
         raise DataError(
             f"{path} has normalize_activations={rule!r}, a rule for each row that no weight can hold: this version "
             "reads none and expected_average_only_in"
         )
+    if "d_out" in cfg:
+        _refuse_transcoder(cfg, rule, card, path)
+    factor = card.given_factor if card.given_factor is not None else card.norm_factor
+    if rule == "expected_average_only_in" and factor is None:
+        raise DataError(
+            f"{path} was trained on rows scaled to a mean norm of sqrt(d_in), and the factor is not in it: give "
+            "norm_factor (sqrt(d_in) / the mean norm of its rows), or load it by its release"
+        )
+    if factor is not None and (rule == "expected_average_only_in" or card.given_factor is not None):
+        fold_input_factor(tensors, factor)
     reshape = cfg.get("reshape_activations", "none")
     if reshape != "none" and not (reshape == "hook_z" and hook.endswith("hook_z")):
         raise DataError(f"{path} has reshape_activations={reshape!r}: only heads of hook_z are joined here")
     _refuse_processing(meta.get("model_from_pretrained_kwargs") or {}, hook, path)
-    if "d_out" in cfg:
-        _refuse_transcoder(cfg, rule, path)
-    elif not cfg.get("apply_b_dec_to_input", True):
+    if "d_out" not in cfg and not cfg.get("apply_b_dec_to_input", True):
         fold_input_bias(tensors)
     if cfg.get("rescale_acts_by_decoder_norm", False):
         fold_decoder_norms(tensors)
@@ -121,10 +123,11 @@ def apply_conventions(tensors: Tensors, cfg: dict[str, Any], card: Card, path: P
         fold_centring(tensors)
 
 
-def _refuse_transcoder(cfg: dict[str, Any], rule: str, path: Path) -> None:
+def _refuse_transcoder(cfg: dict[str, Any], rule: str, card: Card, path: Path) -> None:
     """b_dec of a transcoder belongs to its output, in another space than its input."""
     kwargs = cfg["metadata"].get("model_from_pretrained_kwargs") or {}
-    if rule != "none" or cfg.get("apply_b_dec_to_input", False) or kwargs.get("center_writing_weights"):
+    scaled = rule != "none" or card.given_factor is not None
+    if scaled or cfg.get("apply_b_dec_to_input", False) or kwargs.get("center_writing_weights"):
         raise DataError(
             f"{path} is a transcoder with apply_b_dec_to_input, normalize_activations or centred weights: this version "
             "reads transcoders of plain rows only"
