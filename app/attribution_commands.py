@@ -55,6 +55,8 @@ def attribute(
     if samples:
         check_sampling(samples, SHARE)
     loaded = [SAE.load(sae_folder(s, workspace)) for s in sae or []]
+    if len({s.cfg.hook for s in loaded}) < len(loaded):
+        raise UsageError("two SAEs are of one hook: give one for each hook")
     lm = load_model(model, workspace=root)
     found = _pairs(source, lm.tokenizer, pairs, seed)
     method = AtPStar(

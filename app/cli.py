@@ -62,7 +62,9 @@ def train(
     ] = None,
     warm_start: Annotated[
         str | None,
-        typer.Option(metavar="SAE", help="Start from this SAE's weights: folder, run name, sae_id or latest."),
+        typer.Option(
+            metavar="SAE", help="Start from this SAE's weights: folder, run name, sae_id or latest."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with saes:, train: and grid:.")] = None,
     preset: Annotated[
@@ -133,7 +135,12 @@ def train(
     from saes import train as run
 
     source = data.open()
-    where: dict[str, Any] = {"hook": data.hook, "out_hook": data.out_hook, "warm_start": start, "wandb": wandb}
+    where: dict[str, Any] = {
+        "hook": data.hook,
+        "out_hook": data.out_hook,
+        "warm_start": start,
+        "wandb": wandb,
+    }
     results = [result for r in runs for result in run(source, r.saes, r.schedule, **where)]
     if on_the_fly is not None:
         source.remove()

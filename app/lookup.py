@@ -73,7 +73,11 @@ def sae_folder(name: str, workspace: Path | None) -> Path:
     if name == "latest" and found:
         return found[-1].parent
     for path in found:
-        if name in (path.parent.name, path.parent.parent.name, read_json(path).get("metadata", {}).get("sae_id")):
+        if name in (
+            path.parent.name,
+            path.parent.parent.name,
+            read_json(path).get("metadata", {}).get("sae_id"),
+        ):
             return path.parent
     known = ", ".join(p.parent.parent.name for p in found) or "none: run `atomscope train` first"
     raise MissingDataError(f"no SAE {name!r} in {root}; there are {known}")

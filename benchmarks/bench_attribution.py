@@ -11,7 +11,8 @@ of them. A ratio is a quotient of medians.
     cached_vs_batched                    seconds a node of the nodes that can have an effect (goal 1.7)
     bound_coverage, bound_tightness      bound (alpha .1, after the top 50) >= the largest missed effect; their quotient
 
---growth fits seconds = a · layers^b · tokens^c for the methods and one exact node on random models instead.
+--growth fits seconds = a · layers^b · tokens^c for the methods and one exact node on random models of the
+packaged model's width instead; the noise token is in the middle.
 """
 
 from __future__ import annotations
@@ -40,12 +41,9 @@ from probes.attribution.patching import ExactPatching
 from probes.attribution.recall import recall_at
 
 MODEL = "smollm2-135m-instruct-q4_1"
-START = "Then, Mary and John went to the store last week. After that,"
+TEXT = "My new friend Anna was born in a small town in {} and for this reason her first language is"
 PAIR = PromptPair(
-    clean=f"{START} John gave a book to",
-    noise=f"{START} Mary gave a book to",
-    answers=(" Mary",),
-    wrong=(" John",),
+    clean=TEXT.format("France"), noise=TEXT.format("Italy"), answers=(" French",), wrong=(" Italian",)
 )
 METHODS = {
     "atp": {"qk_fix": False, "grad_drop": False}, "atp_qk": {"grad_drop": False}, "atp_star": {},
@@ -134,10 +132,10 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(args.model, workspace=args.workspace)
     rows: list[dict[str, float]] = []
-    for layers, tokens in product((4, 8, 16), (12, 24, 48)):
+    for layers, tokens in product((5, 10, 20), (12, 24, 48)):
         config = tf.LlamaConfig(
-            hidden_size=256, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=49152,
-            intermediate_size=704, attn_implementation="eager", pad_token_id=0, bos_token_id=0, eos_token_id=0,
+            hidden_size=576, num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+            intermediate_size=1536, tie_word_embeddings=True, attn_implementation="eager", pad_token_id=0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             hf: Any = tf.LlamaForCausalLM(config).eval()
@@ -160,7 +158,7 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
                 if cached
                 else np.arange(len(exact.space))
             )
-            nodes = every[:: max(1, len(every) // 64)]
+            nodes = every[:: max(1, len(every) // 32)]
             row[name] = timed(lambda e=exact, n=nodes: e.effects(n))[0] / len(nodes)
         rows.append(row)
         print(json.dumps(row), flush=True)

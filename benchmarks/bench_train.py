@@ -207,13 +207,13 @@ def beside_peers(x: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Loss after equal tokens, growth of memory, and eight SAEs at once."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(x, Path(folder))
-        say(f"held-out FVU after tokens: d_sae 4096, k {K}, batch 1024, lr 4e-4, one run of each")
+        say(f"held-out FVU after tokens: d_sae 4096, k {K}, batch 1024, lr 2e-3, one run of each")
         named: dict[str, dict[str, Any]] = {
             "ours-exact": {"screen": "off"},
             "ours-screened": {"screen": "on"},
         }
         named |= {name: {} for name in peer_names(args)}
-        small = job(rows, d_sae=4096, batch=1024, lr=4e-4, dead=0.0)
+        small = job(rows, d_sae=4096, batch=1024, lr=2e-3, dead=0.0)
         out: dict[str, Any] = {
             "curves": curves(named, args.python, args.curve_steps, args.curve_steps // 5, **small)
         }

@@ -47,7 +47,7 @@ class Clock(TorchDispatchMode):
         super().__init__()
         self.ms: dict[str, float] = defaultdict(float)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = time.thread_time()
         out = func(*args, **(kwargs or {}))
         self.ms[func.name().split(".")[0]] += (time.thread_time() - start) * 1e3

@@ -145,9 +145,7 @@ def _top(
         )
     support = Support(indices, cfg.d_sae, offsets, into)
     kept = None if also is None else also.values
-    u, u_dead = encode_at(
-        x, sae.W_enc, sae.b_enc, sae.centre, support, found, xc=xc, dead=dead, u_dead=kept
-    )
+    u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.centre, support, found, xc=xc, dead=dead, u_dead=kept)
     return _reconstruct(sae, _Pre(u, u_dead, support), u if cfg.signed else u.relu(), dead)
 
 

@@ -185,7 +185,9 @@ class SAEConfig(_Config):
         if self.l1 is None and self.activation not in TERMS["l1"]:
             raise UsageError(f"l1 is for {', '.join(TERMS['l1'])}, not for {self.activation}: leave it out")
         if self.l1 is None and self.space == "raw":
-            raise UsageError("rows of space raw may have any norm: give l1 a number, or train in scalar space")
+            raise UsageError(
+                "rows of space raw may have any norm: give l1 a number, or train in scalar space"
+            )
         if self.l1 is None and self.width_out:
             norm = 1.0 if self.space == "unit" else math.sqrt(self.width_out)
             object.__setattr__(self, "l1", L1_OF_NORM * norm)

@@ -37,7 +37,9 @@ ARCHITECTURE = {
     "jumprelu": "jumprelu", "relu": "standard", "gated": "gated",
 }  # fmt: skip
 # architecture of an SAE -> of a transcoder
-_TRANSCODER = {a: f"{a}_transcoder" for a in ("topk", "abstopk", "jumprelu", "gated")} | {"standard": "transcoder"}
+_TRANSCODER = {a: f"{a}_transcoder" for a in ("topk", "abstopk", "jumprelu", "gated")} | {
+    "standard": "transcoder"
+}
 _SAE_OF = {transcoder: a for a, transcoder in _TRANSCODER.items()}
 # what an architecture is without our metadata
 _ACTIVATION = {
@@ -119,9 +121,7 @@ def to_saelens(cfg: SAEConfig, sae_id: str) -> dict[str, Any]:
     return out | {"metadata": metadata}
 
 
-def load_sae(
-    cls: type[S], path: Path, *, device: str | torch.device = "cpu", card: Card | None = None
-) -> S:
+def load_sae(cls: type[S], path: Path, *, device: str | torch.device = "cpu", card: Card | None = None) -> S:
     """Read a folder that `save_sae` or sae-lens wrote. Raises MissingDataError or DataError, each with the reason."""
     card = card or Card()
     if not (path / CFG).is_file():

@@ -7,12 +7,12 @@ A step is `encode_at` and `decode_from` with the activation between them as plai
 backward sorts the latent ids once (`Support`) and then takes both weight gradients as embedding bags with *latents as
 bags and rows as members*: one write per latent, no atomics, no `[B*k, d_model]` scratch. The gradient of b_dec uses
 sum(g) - grad_b_enc @ W_enc, so nothing of width d_sae is multiplied out. Exact: tests/test_kernels.py checks each term
-against a dense reference in float64. AuxK (Gao et al. 2024) runs on the compact sub-matrix of dead latents and
-reaches the encoder.
+against a dense reference in float64. AuxK (Gao et al. 2024) runs on the dead latents alone and reaches the encoder.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +33,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        size = 1
-        for s in shape:
-            size *= s
+        size = math.prod(shape)
         old = self._buffers.get(name)
         if old is None or old.numel() < size or old.dtype != dtype or old.device != device:
             old = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)

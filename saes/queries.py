@@ -131,7 +131,8 @@ class FeatureIndex:
         if mode not in MODES or sort not in SORTS:
             raise UsageError(f"mode is one of {', '.join(MODES)} and sort one of {', '.join(sorted(SORTS))}")
         labels = self.labels()
-        where, parameters, body = ["true"], [], "FROM idx.feature f"
+        where, body = ["true"], "FROM idx.feature f"
+        parameters: list[Any] = []
         match_sql = "NULL::DOUBLE"
         if query.strip():
             parameters += self._match(query, mode, labels)

@@ -151,7 +151,11 @@ def run_name(
 ) -> str:
     """`<label>-<hash>`: the hash covers the configs, the data and the SAEs started from: equal runs share a folder."""
     schedule = {k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}
-    key: dict[str, Any] = {"saes": [c.to_dict() for c in configs], "train": schedule, "data": source.provenance}
+    key: dict[str, Any] = {
+        "saes": [c.to_dict() for c in configs],
+        "train": schedule,
+        "data": source.provenance,
+    }
     if any(warm):
         key["warm_start"] = [None if s is None else s.sae_id for s in warm]
     digest = hashlib.sha256(canonical_json(key).encode()).hexdigest()[:8]

@@ -34,10 +34,11 @@ def windows(
             repeats.append(1)
     acts = _activations(codes, feature, [span for _, span in picked])
     at = rows[[i for i, _ in picked]] if picked else rows[:0]
-    doc, seq, pos, split = (corpus.column(c)[at].tolist() for c in ("doc", "seq", "pos", "split"))
+    doc, seq, split = (corpus.column(c)[at].tolist() for c in ("doc", "seq", "split"))
+    pos = at - corpus.seq_offsets[seq]  # rows are sorted by (seq, pos), without gaps
     return [
         Example(
-            row=int(rows[i]), doc=doc[j], seq=seq[j], pos=pos[j], split="heldout" if split[j] else "train",
+            row=int(rows[i]), doc=doc[j], seq=seq[j], pos=int(pos[j]), split="heldout" if split[j] else "train",
             value=float(values[i]), tokens=[vocab[t] for t in tok[span.start : span.stop].tolist()],
             values=[acts.get(r, 0.0) for r in span], centre=int(rows[i]) - span.start, repeats=repeats[j],
             band=kinds[i] if kinds[i].startswith("q") else "", rows=span,

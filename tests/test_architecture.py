@@ -39,6 +39,7 @@ def test_no_layer_imports_one_above_it(layer: str) -> None:
         ("import saes, saes.sae, saes.training, saes.evaluation, saes.indexing", "transformers"),
         ("from saes import FeatureIndex; import cache.catalog, saes.views, app.figures, app.state", "torch"),
         ("import app.cli", "torch"),
+        ("import probes.views, probes.attribution.report, app.figures_attribution", "torch"),
         ("import cache, cache.corpus", "torch"),
     ],
 )

@@ -269,6 +269,14 @@ def patched_outputs(model: Any, example: Any, layer: int, kind: str, heads: int)
     return ((after - before) * gradient).sum((1, 2)).detach().numpy()
 
 
+def test_half_precision_is_close_to_float32(llama: Any) -> None:
+    from cache.models import load_model
+
+    half = load_model(llama.source, device="cpu", dtype=torch.bfloat16)
+    a, b = (AtPStar(m, nodes=KINDS).attribute(random_pair()) for m in (llama, half))
+    assert np.isfinite(b.score).all() and np.corrcoef(a.score, b.score)[0, 1] > 0.98
+
+
 def test_other_backends_and_unknown_kinds_are_refused(llama: Any, tiny_dir: Path) -> None:
     from cache.models import load_model
 

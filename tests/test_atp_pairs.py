@@ -50,7 +50,7 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
     [
         ("The cat and the dog", (" x",), "tokens"),
         ("The cat", (" x",), "same tokens"),
-        ("The dog", (), "answer"),
+        ("The dog", ("",), "is empty"),
     ],
 )
 def test_prompts_that_cannot_be_patched_are_refused(noise: str, answers: Any, message: str) -> None:
@@ -129,6 +129,16 @@ def test_kl_is_zero_on_the_noise_run_and_callables_see_every_position(tmp_path: 
 
     AtPStar(model, mine, nodes=("z",)).attribute(example)
     assert seen[0][0] == len(example.clean) and seen[0][1] is example
+    texts = ("The cat waited.", "The dog waited.")
+    assert AtPStar(model, "kl", nodes=("z",)).attribute(*texts).score.max() > 0, (
+        "two prompts are enough without answers"
+    )
+    with pytest.raises(UsageError, match="needs answers"):
+        AtPStar(model, nodes=("z",)).attribute(*texts)
+    with pytest.raises(UsageError, match="needs an answer"):
+        AtPStar(model, "log_prob", nodes=("z",)).attribute(*texts)
+    with pytest.raises(UsageError, match="attribute"):
+        AtPStar(model, nodes=("z",)).attribute(texts[0])
     with pytest.raises(UsageError, match="one number a row"):
         AtPStar(model, lambda x, p: x[:, -1], nodes=("z",)).attribute(example)
     with pytest.raises(UsageError, match="no metric"):

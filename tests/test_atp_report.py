@@ -134,3 +134,36 @@ def test_an_empty_workspace_names_the_command_and_a_bad_url_the_run(
     assert "atomscope attribute" in words(open_page("attribute", tmp_path / "none", monkeypatch))
     page = words(open_page("attribute", workspace, monkeypatch, run="<b>../x"))
     assert "No attribution" in page and "<b>.." not in page
+
+
+def test_features_of_a_saved_sae_are_ranked_beside_heads(
+    workspace: Path, tiny_model: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    from saes import SAE, presets
+
+    torch.manual_seed(0)
+    sae = SAE(presets.topk(d_sae=96, k=6, d_model=64, hook="blocks.1.hook_resid_post"))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(96, 64), dim=1))
+    arguments = [
+        "attribute",
+        str(workspace / "cats.jsonl"),
+        "--model",
+        tiny_model.source,
+        "-w",
+        str(tmp_path / "ws"),
+    ]
+    arguments += ["--sae", str(sae.save(tmp_path / "sae")), "--nodes", "z", "--json"]
+    for options, kinds in (([], {"z", "sae", "sae_error"}), (["--no-error"], {"z", "sae"})):
+        done = CliRunner().invoke(app, [*arguments, *options])
+        assert done.exit_code == 0, done.output + str(done.exception)
+        run = json.loads(done.stdout)["run"]
+        rows = connect(tmp_path / "ws").execute(f"SELECT * FROM attributions WHERE run = '{run}'").df()
+        assert set(rows["kind"]) == kinds
+        features = rows[rows["kind"] == "sae"]
+        assert (features["pos"] > 0).all() and len(features) < 96 * 12, "only features that differ are rows"
+    again = CliRunner().invoke(app, [*arguments, "--sae", str(tmp_path / "sae")])
+    assert "one hook" in str(again.exception)

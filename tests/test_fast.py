@@ -272,3 +272,30 @@ def test_a_claim_without_a_bracketed_l0_is_underpowered_not_an_error(script) -> 
     rows = {c["id"]: c for c in report.claims}
     assert rows["packed_text_special_jumprelu"]["verdict"] == "underpowered"
     assert rows["packed_text_top_rated"]["ours"] == 0.0
+
+
+def test_steering_takes_the_latent_that_the_template_fires_most_and_scores_the_answers_alone(
+    script, stores, tiny_model
+) -> None:
+    steering, store = importlib.import_module("fast_steering"), stores["dialogue"]
+    sae = train(store, [presets.fast(presets.topk)(d_sae=64, k=4)], SHORT)[0].sae
+    corpus = store.corpus
+    x = torch.cat([b.x[HOOK] for b in store.sequential(HOOK, batch_size=500, split=None, skip=None)])
+    z, masks = sae.encode(x).dense(64), class_masks(corpus, np.arange(corpus.n_tokens))
+    doc, train_side = corpus.column("doc"), corpus.column("split") == 0
+    peaks = [
+        z[torch.from_numpy(masks["special_rest"] & (doc == d))].max(0).values
+        for d in np.unique(doc[train_side])
+    ]
+    assert steering.template_latent(sae, store, HOOK) == int(torch.stack(peaks).mean(0).argmax())
+
+    ids = torch.from_numpy(corpus.column("tok")[: corpus.seq_offsets[1]].astype(np.int64))[None]
+    with torch.no_grad():
+        log_p = tiny_model.forward(ids)[0][0].float().log_softmax(-1)
+    answer = (corpus.column("role") == 3) & (corpus.column("flags") & FLAG_SPECIAL == 0)
+    at = np.flatnonzero(answer[: ids.shape[1]])
+    want = -np.mean([log_p[i - 1, ids[0, i]].item() for i in at])
+    got = steering.answer_losses(tiny_model, corpus, [0], HOOK, None)
+    assert got[0] == pytest.approx(want, rel=1e-4)
+    shifted = steering.answer_losses(tiny_model, corpus, [0], HOOK, 50 * sae.W_dec[0].detach())
+    assert shifted[0] != pytest.approx(want, rel=1e-3)

@@ -355,7 +355,9 @@ def test_an_unreachable_hub_is_one_line_that_names_the_mirror(directory, monkeyp
     assert "\n" not in str(e.value) and "no route to host" in str(e.value)
 
 
-def test_a_release_on_the_hub_is_downloaded_by_the_folder_and_not_whole(directory, monkeypatch) -> None:
+def test_a_release_on_the_hub_is_downloaded_by_the_folder_and_completed_where_it_was_cut_off(
+    directory, monkeypatch, tmp_path: Path
+) -> None:
     import huggingface_hub
 
     asked = []
@@ -363,7 +365,10 @@ def test_a_release_on_the_hub_is_downloaded_by_the_folder_and_not_whole(director
     def download(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((repo, tuple(allow_patterns), local_files_only))
         if local_files_only:
-            raise FileNotFoundError("not in the cache")
+            cut = tmp_path / "snapshot" / "layers.1"
+            cut.mkdir(parents=True)
+            shutil.copy(FIXTURES / "sparsify" / "layers.1" / "cfg.json", cut)
+            return str(cut.parent)
         return str(FIXTURES / "sparsify")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

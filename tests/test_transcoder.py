@@ -394,3 +394,21 @@ def test_the_inspector_holds_a_transcoder_against_its_target(mlp) -> None:
         (y - torch.as_tensor(mean)) ** 2
     ).sum(1)
     np.testing.assert_allclose(found.fvu[1:], error.numpy(), rtol=1e-3)
+
+
+def test_a_transcoder_works_in_every_way_to_run_the_model(mlp, tiny_dir: Path) -> None:
+    """nnsight and the plain Hugging Face model read and write at the same places as TransformerLens."""
+    from transformers import AutoModelForCausalLM
+
+    from cache import load_model
+
+    model, _, result = mlp
+    tokens = torch.tensor([[5, 9, 30, 41, 17, 3]])
+    with torch.no_grad(), attach(model, {OUT_HOOK: result.sae}, error=False):
+        want = model.forward(tokens)[0]
+    other = load_model(tiny_dir, backend="nnsight", device="cpu")
+    with torch.no_grad(), attach(other, {OUT_HOOK: result.sae}, error=False):
+        torch.testing.assert_close(other.forward(tokens)[0], want, rtol=1e-3, atol=1e-3)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    with torch.no_grad(), attach(plain, {OUT_HOOK: result.sae}, error=False, skip_first=True):
+        torch.testing.assert_close(plain(tokens).logits, want, rtol=1e-3, atol=1e-3)

@@ -60,7 +60,9 @@ def live_latent(sae: SAE, store: Any, hook: str, not_this: int, seed: int) -> in
 
 
 @torch.no_grad()
-def answer_losses(model: Any, corpus: Any, seqs: Sequence[int], hook: str, add: torch.Tensor | None) -> np.ndarray:
+def answer_losses(
+    model: Any, corpus: Any, seqs: Sequence[int], hook: str, add: torch.Tensor | None
+) -> np.ndarray:
     """Mean loss of the assistant's own tokens of each dialogue, with `add` on every row but position 0."""
 
     def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -98,8 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ws = Path(folder)
         (ws / "assets").symlink_to((root / "assets").resolve())
         model = load_model(args.model, workspace=ws)
-        chats, heldout = fast.chosen_dialogues(model.tokenizer, root, args.tokens, args.tokens // 3, args.context)
-        corpus = build_corpus(chats + heldout, model.tokenizer, mode="dialogue", context=args.context, workspace=ws)
+        chats, heldout = fast.chosen_dialogues(
+            model.tokenizer, root, args.tokens, args.tokens // 3, args.context
+        )
+        corpus = build_corpus(
+            chats + heldout, model.tokenizer, mode="dialogue", context=args.context, workspace=ws
+        )
         store = harvest(model, corpus, hooks=args.hook, workspace=ws, show_progress=False)
         size = store.stats(args.hook, split="train", skip="first").mean_norm
         split = corpus.column("split")[corpus.seq_offsets[:-1]]
@@ -124,10 +130,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             rest = slice(1, None, 2)
             gains.append(float((clean - found["template", best])[rest].mean()))
             over_random.append(float((found["random", best] - found["template", best])[rest].mean()))
-            chosen.append({"latent": k, "alpha": best, "loss": {f"{n} {a}": v.mean() for (n, a), v in found.items()}})
-            print(f"seed {seed}: latent {k}, alpha {best}: gain {gains[-1]:.4f}, over random {over_random[-1]:.4f}", flush=True)
+            chosen.append(
+                {"latent": k, "alpha": best, "loss": {f"{n} {a}": v.mean() for (n, a), v in found.items()}}
+            )
+            print(
+                f"seed {seed}: latent {k}, alpha {best}: gain {gains[-1]:.4f}, over random {over_random[-1]:.4f}",
+                flush=True,
+            )
     why = f"nats a token; alpha {[c['alpha'] for c in chosen]} mean norms, chosen on half of {len(seqs)} dialogues"
-    report.claim("lower_loss", judge(gains, 0.01), seeds=args.seeds, why=why, paper_figure="three answers, read")
+    report.claim(
+        "lower_loss", judge(gains, 0.01), seeds=args.seeds, why=why, paper_figure="three answers, read"
+    )
     report.claim("beats_random", judge(over_random, 0.01), seeds=args.seeds, why=why)
     report.data = {"clean_loss": clean.mean(), "seeds": chosen}
     report.finish()

@@ -26,9 +26,9 @@ from probes.attribution.metric import Target, as_metric
 from probes.attribution.nodes import Block, NodeSpace, node_blocks
 from probes.attribution.pairs import as_pairs
 from probes.attribution.qk_fix import Attention, key_effects, pattern_gradient, query_effects
+from probes.attribution.replay import tolerance
 
 DEFAULT_NODES = ("q", "k", "v", "z")
-TOLERANCE = 1e-3
 BACKWARD_COST = 2.0
 """Forward-equivalents of a backward pass."""
 
@@ -239,8 +239,8 @@ class AtPStar:
             scale=scale, softcap=getattr(module, "attn_logit_softcapping", None),
         )  # fmt: skip
         if layer not in self._geometry:
-            tolerance = TOLERANCE if heads["z"].dtype in (torch.float32, torch.float64) else 5e-2
-            if not torch.allclose(out.output().to(heads["z"]), heads["z"], rtol=tolerance, atol=tolerance):
+            limit = 10 * tolerance(heads["z"].dtype)
+            if not torch.allclose(out.output().to(heads["z"]), heads["z"], rtol=limit, atol=limit):
                 raise DataError(
                     f"{self.model.name}: layer {layer} is not softmax attention as the QK fix knows it: qk_fix=False"
                 )

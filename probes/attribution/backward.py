@@ -19,8 +19,7 @@ from cache.errors import DataError
 from cache.hooks import Edit
 from probes.attribution.case import Case
 from probes.attribution.nodes import STREAM
-
-TOLERANCE = 1e-4
+from probes.attribution.replay import tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,8 @@ def _check_writes(case: Case, graph: _Graph, layer: int) -> None:
         return
     with torch.no_grad():
         written, y = graph.x + graph.acts[names[0]] + graph.acts[names[1]], graph.y.detach()
-        same = torch.allclose(written, y, rtol=TOLERANCE, atol=TOLERANCE * float(y.abs().max()))
+        limit = tolerance(y.dtype)
+        same = torch.allclose(written, y, rtol=limit, atol=limit * float(y.abs().max()))
     if not same:
         raise DataError(
             f"{case.model.name}: layer {layer} does not add attention and MLP to the stream as they are: "

@@ -65,8 +65,10 @@ class LogitDifference:
     name, needs_noise_logits = "logit_diff", False
 
     def target(self, pair: TokenPair) -> Target:
-        if not pair.wrong:
-            raise UsageError("a logit difference needs wrong answers: give `wrong`, or use LogProb")
+        if not pair.answers or not pair.wrong:
+            raise UsageError(
+                "a logit difference needs answers and wrong ones: give PromptPair(answers=, wrong=), or another metric"
+            )
         shared = _common_prefix(pair.answers + pair.wrong)
         if any(len(a) <= shared for a in pair.answers + pair.wrong):
             raise DataError("one answer is the beginning of another: they cannot be told apart by a logit")
@@ -91,6 +93,8 @@ class LogProb:
     name, needs_noise_logits = "log_prob", False
 
     def target(self, pair: TokenPair) -> Target:
+        if not pair.answers:
+            raise UsageError("log_prob needs an answer: give PromptPair(answers=), or another metric")
         longest = max(map(len, pair.answers))
         if len(pair.answers) > 1 and longest > 1:
             raise UsageError("log_prob takes several answers of one token each, or one answer of any length")

@@ -95,6 +95,12 @@ def node_blocks(model: Any, kinds: Sequence[str], saes: Mapping[str, Any], *, er
         raise UsageError(
             f"no node kind {unknown}: choose from {', '.join(HOOKS)}, and give SAEs as saes={{hook: sae}}"
         )
+    for hook, sae in saes.items():
+        model.check_hook(hook)
+        if sae.cfg.transcoder:
+            raise UsageError(
+                f"the SAE at {hook} is a transcoder: attribution takes SAEs that read and write one hook"
+            )
     text = model.hf.config.get_text_config()
     d_head = model.d_hook("blocks.0.attn.hook_z") // int(text.num_attention_heads)
     blocks = []
@@ -106,7 +112,6 @@ def node_blocks(model: Any, kinds: Sequence[str], saes: Mapping[str, Any], *, er
                 n = width // d_head if kind in "qkvz" else width if kind == "mlp" else 1
                 blocks.append(Block(kind=kind, layer=layer, hook=hook, n=n))
         for hook, sae in saes.items():
-            model.check_hook(hook)
             if not hook.startswith(f"blocks.{layer}."):
                 continue
             blocks.append(Block(kind="sae", layer=layer, hook=hook, n=sae.cfg.d_sae))

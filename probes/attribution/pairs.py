@@ -25,8 +25,8 @@ class PromptPair:
     """The prompt whose behaviour is explained."""
     noise: str
     """The prompt whose activations are patched in."""
-    answers: tuple[str, ...]
-    """Right continuations of the clean prompt."""
+    answers: tuple[str, ...] = ()
+    """Right continuations of the clean prompt; KL and a callable of one's own need none."""
     wrong: tuple[str, ...] = ()
     """Continuations that the noise prompt would have."""
     name: str = ""
@@ -39,7 +39,7 @@ class TokenPair:
 
     clean: tuple[int, ...]
     noise: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...] = ()
     wrong: tuple[tuple[int, ...], ...] = ()
     text: PromptPair | None = None
 
@@ -64,8 +64,10 @@ def tokenise(pair: PromptPair, tokenizer: Any) -> TokenPair:
         return tuple(tuple(tokenizer(t, add_special_tokens=False).input_ids) for t in texts)
 
     answers, wrong = ids(pair.answers), ids(pair.wrong)
-    if not answers or not all(answers) or not all(wrong):
-        raise DataError(f"{pair.clean!r}: every pair needs at least one answer, and none may be empty")
+    if not all(answers) or not all(wrong):
+        raise DataError(
+            f"{pair.clean!r}: an answer is empty: write it with its leading space, as in ' Paris'"
+        )
     return TokenPair(clean=clean, noise=noise, answers=answers, wrong=wrong, text=pair)
 
 
@@ -115,13 +117,18 @@ def _parsed(line: str, where: str, name: str) -> PromptPair:
 
 
 def as_pairs(clean: Any, noise: Any, tokenizer: Any) -> list[TokenPair]:
-    """Whatever `attribute` takes as a list of token pairs: a pair, a list of pairs, or two PromptPair-free id lists."""
-    if isinstance(clean, (PromptPair, TokenPair)):
-        clean = [clean]
+    """What `attribute` takes as token pairs: a pair, a list of pairs, or clean and noise prompts (text or lists of it)."""
     if noise is not None:
-        raise UsageError(
-            "give a PromptPair or a list of them: answers are part of a pair, two prompts are not enough"
-        )
+        texts = [[side] if isinstance(side, str) else list(side) for side in (clean, noise)]
+        if len(texts[0]) != len(texts[1]):
+            raise UsageError(
+                f"{len(texts[0])} clean and {len(texts[1])} noise prompts: give one noise prompt for each"
+            )
+        clean = [PromptPair(clean=c, noise=n) for c, n in zip(*texts)]
+    elif isinstance(clean, (PromptPair, TokenPair)):
+        clean = [clean]
+    elif isinstance(clean, str):
+        raise UsageError("a prompt alone cannot be attributed: give attribute(clean, noise), or a PromptPair")
     out = [tokenise(p, tokenizer) if isinstance(p, PromptPair) else p for p in clean]
     if not out:
         raise UsageError("no pairs: give at least one PromptPair")

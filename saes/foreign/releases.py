@@ -28,6 +28,7 @@ from saes.foreign.found import Card
 MIRROR = "ATOMSCOPE_SAE_MIRROR"
 _READ = (None, "sae_lens", "sparsify", "gemma_2", "gemma_3", "dictionary_learning_1")
 _FILES = ("cfg.json", "config.json", "*.safetensors", "params.npz", "ae.pt")
+_WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "params.npz", "params.safetensors", "ae.pt")
 _PART = re.compile(r"[\w.+=@ -]+")
 
 
@@ -130,9 +131,10 @@ def _from_hub(repo: str, path: str, release: str, mirrors: list[Path]) -> Path:
         except Exception as e:  # the hub client raises a family of network, permission and name errors
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             continue
-        if folder.is_dir():
+        # a download that was cut off left a folder without its weights: the second round fetches the rest
+        if any((folder / name).is_file() for name in _WEIGHTS):
             return folder
-        reason = f"the repository has no folder {path!r}"
+        reason = f"the repository has no SAE in {path!r}"
     known = known_releases(mirrors)
     near = "" if release in known else f" {_nearest(release, known)}"
     raise MissingDataError(
