@@ -140,12 +140,13 @@ def interleave(fns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     return out
 
 
-def planted_rows(n: int) -> torch.Tensor:
-    """Sparse sums of 2,048 random directions with noise, scaled to a mean norm of sqrt(d_model)."""
+def planted_rows(n: int, atoms: int = 2048, active: float = 41.0, noise: float = 0.5) -> torch.Tensor:
+    """Sparse sums of random directions with noise, scaled to a mean norm of sqrt(d_model)."""
     gen = torch.Generator().manual_seed(1000)  # not a seed of an initialisation: it would start at the truth
-    atoms = torch.randn(2048, D_MODEL, generator=gen)
-    z = torch.randn(n, 2048, generator=gen).relu() * (torch.rand(n, 2048, generator=gen) < 0.02)
-    x = z @ atoms + torch.randn(n, D_MODEL, generator=gen) * 0.5
+    directions = torch.randn(atoms, D_MODEL, generator=gen)
+    fires = torch.rand(n, atoms, generator=gen) < active / atoms
+    z = torch.randn(n, atoms, generator=gen).relu() * fires
+    x = z @ directions + torch.randn(n, D_MODEL, generator=gen) * noise
     return x * (D_MODEL**0.5 / x.norm(dim=1).mean())
 
 
@@ -206,17 +207,19 @@ def peer_names(args: argparse.Namespace) -> list[str]:
 def beside_peers(x: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Loss after equal tokens, growth of memory, and eight SAEs at once."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = Rows(x, Path(folder))
+        # fewer atoms than latents, fewer at a time than k: something that can be learnt in so few tokens
+        learnable = Rows(planted_rows(1024 * (args.curve_steps // 2 + 1), 1024, 16.0, 0.1), Path(folder))
         say(f"held-out FVU after tokens: d_sae 4096, k {K}, batch 1024, lr 2e-3, one run of each")
         named: dict[str, dict[str, Any]] = {
             "ours-exact": {"screen": "off"},
             "ours-screened": {"screen": "on"},
         }
         named |= {name: {} for name in peer_names(args)}
-        small = job(rows, d_sae=4096, batch=1024, lr=2e-3, dead=0.0)
+        small = job(learnable, d_sae=4096, batch=1024, lr=2e-3, dead=0.0)
         out: dict[str, Any] = {
             "curves": curves(named, args.python, args.curve_steps, args.curve_steps // 5, **small)
         }
+        rows = Rows(x, Path(folder))
         grown = memory_growth({"ours": {}, "saelens": {}}, args.python, **job(rows))
     say(
         f"memory after construction: ours +{grown['ours'] / 1e6:.0f} MB, SAELens +{grown['saelens'] / 1e6:.0f} MB"
