@@ -37,42 +37,46 @@ class _Shard:
         self._reader = PageReader(data_file(folder, shard), self._groups, self.record["bytes"])
         with data_file(folder, shard).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._checked: set[int] = set()
-        if self.record["k"]:
-            self.ends = np.arange(1, self.record["rows"] + 1, dtype=np.int64) * self._width
-        else:
-            n = pq.read_table(counts_file(folder, shard), columns=["n"])["n"].to_numpy()
-            self.ends = np.cumsum(n, dtype=np.int64)
+        self._views: dict[tuple[int, str], np.ndarray] = {}
         rows = np.array([g["rows"] for g in self._groups], dtype=np.int64)
-        self._group_ends = np.cumsum(rows) * self._width
+        self._group_ends = np.cumsum(rows)
+        if not self.record["k"]:
+            n = pq.read_table(counts_file(folder, shard), columns=["n"])["n"].to_numpy()
+            self._ends = np.cumsum(n, dtype=np.int64)
+            self._group_ends *= self._width
 
     def codes(self, rows: np.ndarray) -> CodeBlock:
         """Of rising row ids of this shard."""
         local = rows - self.row0
-        start = np.where(local > 0, self.ends[local - 1], 0)
-        n = self.ends[local] - start
+        if self.record["k"]:
+            ids, values = (self._take(column, local) for column in ("ids", "values"))
+            return CodeBlock(np.repeat(rows, self._width), ids.reshape(-1), values.reshape(-1).astype("f4"))
+        start = np.where(local > 0, self._ends[local - 1], 0)
+        n = self._ends[local] - start
         at = np.repeat(start - (np.cumsum(n) - n), n) + np.arange(int(n.sum()))
-        ids, values = np.empty(len(at), self.record["ids"]), np.empty(len(at), self.record["values"])
-        cuts = np.searchsorted(at, self._group_ends)
-        first = 0
-        for g, last in enumerate(cuts.tolist()):
-            if last == first:
-                continue
-            mine = at[first:last] - (int(self._group_ends[g - 1]) if g else 0)
-            ids[first:last] = self._page(g, "ids")[mine]
-            values[first:last] = self._page(g, "values")[mine]
-            first = last
-        return CodeBlock(np.repeat(rows, n), ids, values.astype(np.float32))
+        return CodeBlock(np.repeat(rows, n), self._take("ids", at), self._take("values", at).astype("f4"))
+
+    def _take(self, column: str, at: np.ndarray) -> np.ndarray:
+        """Entries at rising places: rows of codes `[n, k]`, or of a flat shard values `[n]`."""
+        parts, first, base = [], 0, 0
+        for g, last in enumerate(np.searchsorted(at, self._group_ends).tolist()):
+            if last > first:
+                parts.append(self._page(g, column)[at[first:last] - base])
+            first, base = last, int(self._group_ends[g])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [self._page(0, column)[:0]])
 
     def _page(self, group: int, column: str) -> np.ndarray:
-        if group not in self._checked:
-            for name in ("ids", "values"):  # reading a row checks the page header
-                self._reader.read_into(group, name, np.empty((1, self._width), self.record[name]))
-            self._checked.add(group)
-        g = self._groups[group]
-        return np.frombuffer(
-            self._map, self.record[column], g["rows"] * self._width, offset=g["pages"][column]["offset"]
-        )
+        """Values of one row group in the file cache."""
+        view = self._views.get((group, column))
+        if view is None:
+            g = self._groups[group]
+            # reading a row checks the page header
+            self._reader.read_into(group, column, np.empty((1, self._width), self.record[column]))
+            size, offset = g["rows"] * self._width, g["pages"][column]["offset"]
+            view = np.frombuffer(self._map, self.record[column], size, offset=offset)
+            view = view.reshape(-1, self._width) if self.record["k"] else view
+            self._views[(group, column)] = view
+        return view
 
 
 class CodeReader:

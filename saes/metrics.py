@@ -58,7 +58,11 @@ class Reconstruction:
         self._has_codes = False
 
     def add(
-        self, x: Tensor, x_hat: Tensor, codes: Codes | RowSums | None = None, context: np.ndarray | None = None
+        self,
+        x: Tensor,
+        x_hat: Tensor,
+        codes: Codes | RowSums | None = None,
+        context: np.ndarray | None = None,
     ) -> None:
         """Rows `[B, d_model]`, their codes, and the context (any id) that each row is from."""
         x, x_hat = x.detach().double().cpu(), x_hat.detach().double().cpu()
