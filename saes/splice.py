@@ -93,7 +93,10 @@ class Attached:
         """y: rows of the hook; x: the rows that are encoded, the same for an SAE."""
         sae, edit = self.saes[hook], self._edits.get(hook)
         kept = y.detach() if self.error == "detached" else y
-        codes = sae.encode(x)
+        taken = codes = sae.encode(x)
+        if self.error is True and torch.is_grad_enabled() and codes.values.requires_grad:
+            # D(z) that is taken away has a path of its own to x: else x would count once more through D(z) that is added
+            codes = taken._replace(values=taken.values.clone())
         if torch.is_grad_enabled():
             # SAEs from `train` and `load` are frozen, and so is the model: the codes are then leaves
             if codes.values.requires_grad:
@@ -104,12 +107,14 @@ class Attached:
         grads = torch.is_grad_enabled() and codes.values.requires_grad
         if self.error is not False and edit is None and not grads:
             return None
-        before = sae.decode(codes).view(y.shape)
-        after = before if edit is None else sae.decode(edit(codes)).view(y.shape)
+        before = sae.decode(taken).view(y.shape)
+        same = edit is None and taken is codes
+        after = before if same else sae.decode(codes if edit is None else edit(codes)).view(y.shape)
         if self.error is False:
             return after
-        # before - before.detach() is exactly 0: the value stays y bit for bit, the gradient reaches the codes
-        return kept + (after - before.detach())
+        # what is 0 here is exactly 0: unedited, the value stays y bit for bit while the gradient reaches the codes
+        new = kept + (after - (after if edit is None else before).detach())
+        return new if taken is codes else new - (before - before.detach())
 
 
 def _skips(sae: SAE) -> bool:

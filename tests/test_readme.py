@@ -60,4 +60,4 @@ def test_readme_names_only_commands_and_files_that_exist() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make ([a-z][a-z-]*)", text)) <= targets
+    assert set(re.findall(r"`?make ([a-z][a-z0-9-]*)", text)) <= targets

@@ -73,7 +73,7 @@ def upgraded(raw: dict[str, Any], card: Card, path: Path) -> dict[str, Any]:
         raise DataError(f"{path} scales its codes by finetuning factors, which this version does not read")
     kind, kwargs = cfg.pop("activation_fn", None), cfg.pop("activation_fn_kwargs", None) or {}
     cfg.setdefault("architecture", "standard")
-    if kind == "topk" and cfg["architecture"] == "standard":
+    if kind == "topk" and cfg["architecture"] in ("standard", "topk"):
         cfg |= {"architecture": "topk", "k": kwargs.get("k", cfg.get("k"))}
     elif kind not in (None, "relu", "topk"):
         raise DataError(f"{path} has activation_fn={kind!r}: this version reads relu and topk")
@@ -119,7 +119,9 @@ def apply_conventions(tensors: Tensors, cfg: dict[str, Any], card: Card, path: P
         fold_input_bias(tensors)
     if cfg.get("rescale_acts_by_decoder_norm", False):
         fold_decoder_norms(tensors)
-    if (meta.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
+    centred = (meta.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
+    # our own folders have it folded in; rounding would give the SAE another id on each load
+    if centred and meta.get("made_by") != "atomscope":
         fold_centring(tensors)
 
 
