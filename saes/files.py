@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cache.errors import DataError, MissingDataError
-from cache.workspace import atomic_file, read_json, write_json
+from cache.workspace import atomic_file, write_json
 from saes.config import SAEConfig
-from saes.foreign.found import Card
+from saes.foreign.found import Card, check_kinds, read_config
 from saes.foreign.saelens import UNIT, apply_conventions, conventions_of, upgraded
 from saes.sae import SAE
 
@@ -126,8 +126,10 @@ def load_sae(cls: type[S], path: Path, *, device: str | torch.device = "cpu", ca
     card = card or Card()
     if not (path / CFG).is_file():
         raise MissingDataError(f"no SAE at {path}: the folder has no {CFG} (give the folder that holds it)")
-    raw = upgraded(read_json(path / CFG), card, path / CFG)
+    raw = upgraded(read_config(path / CFG), card, path / CFG)
     _refuse_unknown(raw, path)
+    needed = ("d_in", "d_sae", "k") if _plain(raw) in ("topk", "abstopk") else ("d_in", "d_sae")
+    check_kinds(raw, dict.fromkeys(needed, int), path / CFG)
     meta = raw["metadata"]
     activation, k = _kind(raw, meta, path)
     tensors = _read_tensors(path / WEIGHTS, raw)

@@ -16,10 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from cache.errors import DataError, MissingDataError
-from cache.workspace import read_json
 from saes.conventions import Conventions
 from saes.foreign.folding import fold_decoder_norms, fold_input_bias
-from saes.foreign.found import Card, Found, check_tensors, refuse_unknown
+from saes.foreign.found import Card, Found, check_kinds, check_tensors, read_config, refuse_unknown
 
 WEIGHTS = "ae.pt"
 _ENCODER = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
@@ -59,9 +58,10 @@ def from_tensors(held: dict[str, Any], path: Path, card: Card) -> Found:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise MissingDataError(f"{config_path} is not there: it names the class of {path / WEIGHTS}")
-    raw = read_json(config_path)
+    raw = read_config(config_path)
     refuse_unknown(raw, ("trainer", "buffer"), config_path)
-    trainer, buffer = raw.get("trainer") or {}, raw.get("buffer") or {}
+    check_kinds({"buffer": {}} | {k: v for k, v in raw.items() if v}, {"trainer": dict, "buffer": dict}, config_path)
+    trainer, buffer = raw["trainer"], raw.get("buffer") or {}
     name = trainer.get("dict_class")
     if name not in _CLASSES:
         raise DataError(f"{config_path} has dict_class {name!r}: this version reads {', '.join(_CLASSES)}")

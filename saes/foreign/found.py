@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cache.errors import DataError, MissingDataError
+from cache.workspace import read_json
 from saes.conventions import Conventions
 
 
@@ -42,6 +43,23 @@ class Found(NamedTuple):
     tensors: dict[str, Tensor]
     """float32, by their names in memory."""
     conventions: Conventions
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file that describes an SAE: an object."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise DataError(f"{path} holds a {type(raw).__name__}, not the keys of an SAE: fetch the SAE again")
+    return raw
+
+
+def check_kinds(raw: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
+    """Keys that must be there, each of its kind; a number is a whole one above 0."""
+    for key, kind in kinds.items():
+        value = raw.get(key)
+        if type(value) is not kind or (kind is int and value < 1):
+            what = "a whole number above 0" if kind is int else f"of kind {kind.__name__}"
+            raise DataError(f"{path} has {key}={value!r}, which must be {what}: fetch the SAE again")
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], path: Path) -> None:

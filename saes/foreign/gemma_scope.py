@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ import torch
 from torch import Tensor
 
 from cache.errors import DataError, MissingDataError
-from cache.workspace import read_json
 from saes.conventions import Conventions
 from saes.foreign.folding import fold_input_bias
-from saes.foreign.found import Card, Found, check_tensors, read_safetensors, refuse_unknown, refuse_values
+from saes.foreign.found import (
+    Card,
+    Found,
+    check_tensors,
+    read_config,
+    read_safetensors,
+    refuse_unknown,
+    refuse_values,
+)
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -72,10 +80,10 @@ def _npz(path: Path) -> dict[str, Tensor]:
             names = {re.sub("^w_", "W_", n): n for n in held.files}
             if set(names) != set(_NAMES):
                 raise DataError(f"{path} holds {sorted(held.files)}, expected {sorted(_NAMES)}")
-            return {n: torch.from_numpy(held[names[n]].astype(np.float32)) for n in _NAMES}
+            return {n: torch.from_numpy(held[names[n]].astype(np.float32, casting="same_kind")) for n in _NAMES}
     except FileNotFoundError as e:
         raise MissingDataError(f"{path} does not exist: the SAE folder is incomplete") from e
-    except (ValueError, OSError, zipfile.BadZipFile) as e:
+    except (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
         raise DataError(f"{path} is not a readable archive of plain arrays ({e}): fetch it again") from e
 
 
@@ -92,7 +100,7 @@ def _first(where: str) -> tuple[str, str, float | None]:
 def _second(path: Path, where: str) -> tuple[str, str, float | None]:
     """Model, hook and L0 of Gemma Scope 2, from config.json and the folder's name."""
     config = path / "config.json"
-    raw: dict[str, Any] = read_json(config) if config.is_file() else {}
+    raw: dict[str, Any] = read_config(config) if config.is_file() else {}
     refuse_unknown(raw, _KNOWN_2, config)
     refuse_values(raw, {"architecture": ("jump_relu",), "affine_connection": (False, None)}, config)
     inside, outside = raw.get("hf_hook_point_in"), raw.get("hf_hook_point_out")

@@ -19,7 +19,7 @@ from saes.foreign.folding import (
     fold_input_bias,
     fold_input_factor,
 )
-from saes.foreign.found import Card
+from saes.foreign.found import Card, check_kinds
 
 UNIT = "centred_unit_norm"
 """Input rule of space `unit`, unit norm of x - b_dec: of atomscope, not of SAELens."""
@@ -71,6 +71,9 @@ def upgraded(raw: dict[str, Any], card: Card, path: Path) -> dict[str, Any]:
         del cfg[key]
     if cfg.pop("finetuning_scaling_factor", None):
         raise DataError(f"{path} scales its codes by finetuning factors, which this version does not read")
+    kinds = {"metadata": dict, "model_from_pretrained_kwargs": dict, "seqpos_slice": list, "name": str}
+    given = {"metadata": meta} | {k: v for k, v in meta.items() if v is not None}
+    check_kinds(given, {k: v for k, v in kinds.items() if k in given}, path)
     kind, kwargs = cfg.pop("activation_fn", None), cfg.pop("activation_fn_kwargs", None) or {}
     cfg.setdefault("architecture", "standard")
     if kind == "topk" and cfg["architecture"] in ("standard", "topk"):

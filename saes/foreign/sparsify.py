@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError
-from cache.workspace import read_json
 from saes.conventions import Conventions
-from saes.foreign.found import Card, Found, check_tensors, read_safetensors, refuse_unknown, refuse_values
+from saes.foreign.found import (
+    Card,
+    Found,
+    check_kinds,
+    check_tensors,
+    read_config,
+    read_safetensors,
+    refuse_unknown,
+    refuse_values,
+)
 
 WEIGHTS = "sae.safetensors"
 _KNOWN = {
@@ -34,9 +42,10 @@ _PARTS = {"": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out",
 
 def read(path: Path, card: Card) -> Found:
     """The SAE in the folder `path`."""
-    raw = read_json(path / "cfg.json")
+    raw = read_config(path / "cfg.json")
     refuse_unknown(raw, _KNOWN, path / "cfg.json")
     refuse_values(raw, _VALUES, path / "cfg.json")
+    check_kinds(raw, {"d_in": int, "k": int}, path / "cfg.json")
     held = read_safetensors(path / WEIGHTS, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     tensors = {
         "W_enc": held["encoder.weight"],
@@ -51,7 +60,7 @@ def read(path: Path, card: Card) -> Found:
         raise DataError(
             f"{path / WEIGHTS} holds {d_sae} latents of width {d_in}, cfg.json says {stated} of {raw['d_in']}"
         )
-    run = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    run = read_config(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     model = card.model or run.get("model") or ""
     conventions = Conventions(
         model=model, skip_first=False, context=run.get("ctx_len"), dataset=run.get("dataset") or ""
