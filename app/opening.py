@@ -42,14 +42,16 @@ def bring_in(
     sae = load(SAE, reference, norm_factor=norm_factor, workspace=root)
     if hook and sae.cfg.hook and hook != sae.cfg.hook:
         raise UsageError(f"the SAE reads {sae.cfg.hook}, not {hook}: leave --hook out")
+    # what is given here and not in the files makes another SAE than the folder holds
+    as_saved = norm_factor is None
     if hook and not sae.cfg.hook:
-        sae.cfg = replace(sae.cfg, hook=hook)
+        sae.cfg, as_saved = replace(sae.cfg, hook=hook), False
     folder = Path(reference)
-    if (folder / "cfg.json").is_file() and folder.resolve().is_relative_to(root):
+    if as_saved and (folder / "cfg.json").is_file() and folder.resolve().is_relative_to(root.resolve()):
         return sae, folder
     sae.cfg = replace(sae.cfg, name=sae.cfg.name or _name(reference))
     target = root / "saes" / f"imported-{sae.sae_id}" / f"0-{sae.cfg.label}"
-    if not (target / "cfg.json").is_file():
+    if not (target.parent / "run.json").is_file() or not (target / "cfg.json").is_file():
         sae.save(target)
         write_json(target.parent / "run.json", _record(sae, target.name, reference))
     return sae, target

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.assets import find
+from cache.licences import is_accepted
 from cache.models import load_model
 from probes.attribution.atp import AtPStar
 from probes.attribution.pairs import PromptPair
 from probes.attribution.patching import ExactPatching, verify
 from tests.conftest import REAL_MODEL
 
+GEMMA = "gemma3-270m"
 PAIR = PromptPair(
     clean="Because Amy was tired,", noise="Because Kevin was tired,", answers=(" she",), wrong=(" he",)
 )
@@ -33,3 +36,17 @@ def test_on_the_packaged_model_the_best_nodes_are_what_exact_patching_finds(real
     ids = queries[np.argsort(-scores.score[queries])[:8]]
     truth = ExactPatching(method, PAIR).effects(ids)
     assert np.corrcoef(scores.signed[ids], truth)[0, 1] > 0.9, "signed, queries, with the QK fix"
+
+
+@pytest.mark.assets
+def test_on_gemma_the_fix_of_queries_and_keys_is_what_exact_patching_finds(real_workspace: Path) -> None:
+    """QK-norm, sliding windows and one key-value head, for real; the model asks for its terms, so nobody accepts them here."""
+    if not is_accepted(find(GEMMA, "model"), real_workspace):
+        pytest.skip(f"needs `atomscope models fetch {GEMMA}` in ATOMSCOPE_TEST_HOME: its terms are yours to accept")
+    model = load_model(GEMMA, workspace=real_workspace, device="cpu")
+    method = AtPStar(model, nodes=("q", "k"), grad_drop=False)
+    scores = method.attribute(PAIR)
+    ids = scores.top(24)
+    truth = ExactPatching(method, PAIR).effects(ids)
+    assert np.corrcoef(scores.signed[ids], truth)[0, 1] > 0.95
+    assert np.allclose(ExactPatching(method, PAIR, cached=False).effects(ids[::6]), truth[::6], atol=1e-3)

@@ -65,15 +65,16 @@ def upgraded(raw: dict[str, Any], card: Card, path: Path) -> dict[str, Any]:
     """The config as sae-lens 6 would write it; keys that nobody knows stay, for the reader to refuse."""
     cfg = {_RENAMED.get(k, k): v for k, v in (raw | _known_overrides(card)).items()}
     # before version 6 BOS was the rule where the file does not say
+    if cfg.get("metadata"):
+        check_kinds(cfg, {"metadata": dict}, path)
     meta = dict(cfg["metadata"] or {}) if "metadata" in cfg else {"prepend_bos": True}
     meta |= {k: cfg.pop(k) for k in list(cfg) if k in _METADATA}
     for key in _TRAINING & set(cfg):
         del cfg[key]
     if cfg.pop("finetuning_scaling_factor", None):
         raise DataError(f"{path} scales its codes by finetuning factors, which this version does not read")
-    kinds = {"metadata": dict, "model_from_pretrained_kwargs": dict, "seqpos_slice": list, "name": str}
-    given = {"metadata": meta} | {k: v for k, v in meta.items() if v is not None}
-    check_kinds(given, {k: v for k, v in kinds.items() if k in given}, path)
+    kinds = {"model_from_pretrained_kwargs": dict, "seqpos_slice": list, "name": str}
+    check_kinds(meta, {k: kind for k, kind in kinds.items() if meta.get(k) is not None}, path)
     kind, kwargs = cfg.pop("activation_fn", None), cfg.pop("activation_fn_kwargs", None) or {}
     cfg.setdefault("architecture", "standard")
     if kind == "topk" and cfg["architecture"] in ("standard", "topk"):
