@@ -16,7 +16,7 @@ from saes.codes import Codes
 from saes.config import SAEConfig
 from saes.conventions import Conventions
 from saes.sae import SAE
-from saes.splice import attach
+from saes.splice import Attached, attach
 from tests.tiny import tiny_tokenizer
 
 D, VOCAB = 32, 60
@@ -100,6 +100,39 @@ def test_the_splice_equals_that_of_transformer_lens(error: Any, family: str, act
         torch.testing.assert_close(ours.values, theirs.values, rtol=1e-5, atol=1e-5)
         assert theirs.values.grad is not None and theirs.values.grad.abs().sum() > 0
         torch.testing.assert_close(ours.values.grad, theirs.values.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_splices_further_down_do_not_count_the_gradient_of_codes_twice(activation: str) -> None:
+    """With the error term the model goes on with x itself, so codes further up have the plain model's gradient."""
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.hook_resid_post"]
+    saes = {h: make_sae(h, activation=activation, seed=i) for i, h in enumerate(hooks)}
+    got = []
+    for used in (hooks[:1], hooks):
+        model = make_model("llama")
+        with attach(model, {h: saes[h] for h in used}) as a:
+            model(tokens()).logits[:, -1].logsumexp(-1).sum().backward()
+        got.append(a.codes[hooks[0]].values.grad)
+        assert all(a.codes[h].values.grad.abs().sum() > 0 for h in used)
+    torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0])
+def test_an_edit_with_the_error_term_has_the_gradient_of_what_it_computes(factor: float) -> None:
+    """y = x + D(edit(z)) - D(z): by hand, with z a function of x in both places."""
+    sae, g = make_sae("here", activation="relu"), torch.Generator().manual_seed(1)
+    x, weight = torch.randn(2, 4, D, generator=g), torch.randn(2, 4, D, generator=g)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a = Attached({"here": sae}, True, False)
+    a.edit("here", lambda c: c._replace(values=c.values * factor))
+    y = a._at("here", ours)
+    assert y is not None
+    (y * weight).sum().backward()
+    z = ((theirs - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+    wanted = theirs + (factor * z) @ sae.W_dec - z @ sae.W_dec
+    (wanted * weight).sum().backward()
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 class Bridged:

@@ -54,6 +54,8 @@ def test_a_sparsify_folder_gives_its_own_codes_and_brings_model_text_and_hook() 
         ({"signed": True}, "signed"),
         ({"temperature": 2}, "unknown keys temperature"),
         ({"d_in": 9}, "width 8"),
+        ({"d_in": None}, "whole number"),
+        ({"k": None}, "whole number"),
         ({"num_latents": 20}, "16 latents"),
     ],
 )
@@ -257,9 +259,12 @@ def test_archives_with_objects_other_arrays_or_damage_are_refused(tmp_path: Path
         np.savez(tmp_path / "params.npz", **(arrays | change))
         with pytest.raises(DataError, match=words):
             SAE.load(tmp_path)
-    (tmp_path / "params.npz").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(DataError, match="readable"):
-        SAE.load(tmp_path)
+    np.save(tmp_path / "one.npy", arrays["b_enc"])
+    # cut off, empty (a download that was stopped), and an array that is no archive
+    for content in (b"PK\x03\x04 cut", b"", (tmp_path / "one.npy").read_bytes()):
+        (tmp_path / "params.npz").write_bytes(content)
+        with pytest.raises(DataError, match="readable"):
+            SAE.load(tmp_path)
 
 
 # ------------------------------------------------------------------ by name

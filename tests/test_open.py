@@ -145,6 +145,22 @@ def test_a_folder_without_names_asks_for_model_and_hook(
     assert done.returncode == 1 and "d_model=8" in done.stderr
 
 
+def test_a_factor_or_hook_given_to_a_folder_of_the_workspace_makes_a_folder_of_its_own(
+    tmp_path: Path,
+) -> None:
+    """An index names the folder of its SAE: that folder has to hold the SAE that was indexed."""
+    from app.opening import bring_in
+
+    sae = SAE.load(FIXTURES / "sparsify" / "layers.1")
+    sae.cfg = replace(sae.cfg, hook="")
+    kept = sae.save(tmp_path / "saes" / "mine" / "0-sae")
+    assert bring_in(str(kept), tmp_path)[1] == kept
+    for more in ({"norm_factor": 0.5}, {"hook": HOOK}):
+        made, folder = bring_in(str(kept), tmp_path, **more)
+        assert folder != kept and made.sae_id != sae.sae_id
+        assert SAE.load(folder).sae_id == made.sae_id
+
+
 def test_unknown_releases_and_pickles_are_one_line_with_what_to_do(text_file: Path, tmp_path: Path) -> None:
     done = command("open", "no-such-release:x", text_file, home=tmp_path)
     assert done.returncode == 2 and "no release" in done.stderr and done.stderr.count("\n") == 1

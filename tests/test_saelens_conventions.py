@@ -95,6 +95,8 @@ def test_centred_writing_weights_are_folded_into_the_encoder(architecture: str, 
     again = SAE.load(ours.save(tmp_path / "again"))
     assert again.conventions == ours.conventions
     torch.testing.assert_close(again(x), ours(x), rtol=1e-5, atol=1e-5)
+    # folded once more, it would have another id on each load, and indexes and labels would lose it
+    assert again.sae_id == ours.sae_id
 
 
 # the keys of the published GPT-2 residual SAEs (gpt2-small-res-jb), which do not say prepend_bos
@@ -111,6 +113,41 @@ LEGACY = {
     "log_to_wandb": True, "wandb_project": "p", "wandb_entity": None, "wandb_log_frequency": 100, "n_checkpoints": 10,
     "checkpoint_path": "checkpoints/x", "d_sae": F, "tokens_per_buffer": 67108864, "run_name": "r",
 }  # fmt: skip
+
+
+def test_a_topk_folder_of_version_5_keeps_its_k_with_the_activation(tmp_path: Path) -> None:
+    path = written("standard", tmp_path / "sae")
+    kind = {"architecture": "topk", "activation_fn": "topk", "activation_fn_kwargs": {"k": K}}
+    (path / "cfg.json").write_text(json.dumps(LEGACY | kind))
+    ours = SAE.load(path)
+    same(ours, sae_lens.SAE.load_from_disk(str(path)), rows())
+    assert (ours.cfg.activation, ours.cfg.k) == ("topk", K)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d_in": None},
+        {"d_sae": "24"},
+        {"architecture": "topk"},
+        {"architecture": "topk", "k": "3"},
+        {"metadata": [1]},
+        {"metadata": {"name": 3}},
+        {"metadata": {"model_from_pretrained_kwargs": [1]}},
+        {"metadata": {"seqpos_slice": "all"}},
+    ],
+)
+def test_a_config_with_a_value_of_another_kind_is_an_error_that_names_it(
+    change: dict, tmp_path: Path
+) -> None:
+    path = written("standard", tmp_path / "sae")
+    cfg = json.loads((path / "cfg.json").read_text())
+    (path / "cfg.json").write_text(json.dumps(cfg | change))
+    with pytest.raises(DataError, match=r"cfg\.json has"):
+        SAE.load(path)
+    (path / "cfg.json").write_text("[1]")
+    with pytest.raises(DataError, match="holds a list"):
+        SAE.load(path)
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk"])
