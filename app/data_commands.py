@@ -113,7 +113,9 @@ def corpus_build(
     ] = None,
     prepend_bos: Annotated[
         bool | None,
-        typer.Option("--prepend-bos/--no-bos", help="BOS before each row; default: as the tokenizer does it."),
+        typer.Option(
+            "--prepend-bos/--no-bos", help="BOS before each row; default: as the tokenizer does it."
+        ),
     ] = None,
     workspace: Workspace = None,
     as_json: AsJson = False,

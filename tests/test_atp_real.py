@@ -42,7 +42,9 @@ def test_on_the_packaged_model_the_best_nodes_are_what_exact_patching_finds(real
 def test_on_gemma_the_fix_of_queries_and_keys_is_what_exact_patching_finds(real_workspace: Path) -> None:
     """QK-norm, sliding windows and one key-value head, for real; the model asks for its terms, so nobody accepts them here."""
     if not is_accepted(find(GEMMA, "model"), real_workspace):
-        pytest.skip(f"needs `atomscope models fetch {GEMMA}` in ATOMSCOPE_TEST_HOME: its terms are yours to accept")
+        pytest.skip(
+            f"needs `atomscope models fetch {GEMMA}` in ATOMSCOPE_TEST_HOME: its terms are yours to accept"
+        )
     model = load_model(GEMMA, workspace=real_workspace, device="cpu")
     method = AtPStar(model, nodes=("q", "k"), grad_drop=False)
     scores = method.attribute(PAIR)

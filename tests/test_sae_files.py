@@ -131,7 +131,10 @@ def test_an_sae_of_whitened_space_selects_the_same_in_sae_lens(activation: str, 
     gen = torch.Generator().manual_seed(0)
     mix = torch.linalg.qr(torch.randn(8, 8, generator=gen)).Q * torch.logspace(1, -1, 8)
     x = torch.randn(2000, 8, generator=gen) @ mix + 1
-    kinds = {"jumprelu": PRESETS["threshold_atoms"](d_sae=32, l0=0.02), "topk": PRESETS["topk"](d_sae=32, k=3, space="aip")}
+    kinds = {
+        "jumprelu": PRESETS["threshold_atoms"](d_sae=32, l0=0.02),
+        "topk": PRESETS["topk"](d_sae=32, k=3, space="aip"),
+    }
     config = TrainConfig(steps=60, batch_size=200, screen="off", lr=1e-2)
     result = train(x, [kinds[activation]], config, workspace=tmp_path)[0]
     assert (result.sae.W_dec.norm(dim=1) - 1).abs().max() > 0.1

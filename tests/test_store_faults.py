@@ -140,7 +140,8 @@ def test_two_processes_on_one_store_make_one_store(tmp_path: Path, job: str) -> 
     corpus = make_corpus(tmp_path, LENGTHS)
     report = nursery(tmp_path, corpus, job)
     assert report["lost"] == [] and set(report["codes"]) == {0}
-    if job == "kill one":  # it may have died with a data file in place of a shard that the other had committed
+    # the killed one may have left a data file of a shard that the other had committed
+    if job == "kill one":
         collect_garbage(tmp_path, older_than=0, delete=True)
     store = the_store(tmp_path)
     check_whole(store)

@@ -60,7 +60,9 @@ def from_tensors(held: dict[str, Any], path: Path, card: Card) -> Found:
         raise MissingDataError(f"{config_path} is not there: it names the class of {path / WEIGHTS}")
     raw = read_config(config_path)
     refuse_unknown(raw, ("trainer", "buffer"), config_path)
-    check_kinds({"buffer": {}} | {k: v for k, v in raw.items() if v}, {"trainer": dict, "buffer": dict}, config_path)
+    check_kinds(
+        {"buffer": {}} | {k: v for k, v in raw.items() if v}, {"trainer": dict, "buffer": dict}, config_path
+    )
     trainer, buffer = raw["trainer"], raw.get("buffer") or {}
     name = trainer.get("dict_class")
     if name not in _CLASSES:

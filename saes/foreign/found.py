@@ -57,7 +57,7 @@ def check_kinds(raw: dict[str, Any], kinds: dict[str, type], path: Path) -> None
     """Keys that must be there, each of its kind; a number is a whole one above 0."""
     for key, kind in kinds.items():
         value = raw.get(key)
-        if type(value) is not kind or (kind is int and value < 1):
+        if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
             what = "a whole number above 0" if kind is int else f"of kind {kind.__name__}"
             raise DataError(f"{path} has {key}={value!r}, which must be {what}: fetch the SAE again")
 

@@ -80,7 +80,9 @@ def _npz(path: Path) -> dict[str, Tensor]:
             names = {re.sub("^w_", "W_", n): n for n in held.files}
             if set(names) != set(_NAMES):
                 raise DataError(f"{path} holds {sorted(held.files)}, expected {sorted(_NAMES)}")
-            return {n: torch.from_numpy(held[names[n]].astype(np.float32, casting="same_kind")) for n in _NAMES}
+            return {
+                n: torch.from_numpy(held[names[n]].astype(np.float32, casting="same_kind")) for n in _NAMES
+            }
     except FileNotFoundError as e:
         raise MissingDataError(f"{path} does not exist: the SAE folder is incomplete") from e
     except (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
