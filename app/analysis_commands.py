@@ -96,7 +96,7 @@ def feature_proxies(
 
 def feature_document(
     document: Annotated[int, typer.Argument(help="Number of a document of the index's corpus.")],
-    limit: Annotated[int, typer.Option(help="Features to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Features to list.")] = 20,
     sae_id: Annotated[str | None, typer.Option(help="SAE; default: the newest index.")] = None,
     workspace: Workspace = None,
     as_json: AsJson = False,

@@ -73,10 +73,9 @@ class AIP:
         except SafetensorError as e:
             raise DataError(f"{folder / TENSORS} is not readable ({e}): train the SAE again") from e
         record = read_json(folder / RECORD)
-        if set(tensors) != {"root", "inverse"} or any(
-            tuple(t.shape) != (record["d_model"],) * 2 for t in tensors.values()
-        ):
-            raise DataError(f"{folder / TENSORS} does not hold two roots of width {record.get('d_model')}")
+        d = record.get("d_model") if isinstance(record, dict) else None
+        if set(tensors) != {"root", "inverse"} or any(tuple(t.shape) != (d, d) for t in tensors.values()):
+            raise DataError(f"{folder / TENSORS} does not hold two roots of width {d}, as {RECORD} says")
         return cls(tensors["root"], tensors["inverse"], record)
 
 

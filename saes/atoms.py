@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import MissingDataError, UsageError
+from cache.errors import DataError, MissingDataError, UsageError
 from cache.progress import progress
 from saes.aip import AIP, store_aip
 from saes.codes import Codes
@@ -89,9 +89,15 @@ def evaluate_atoms(
             raise UsageError(
                 f"{one.cfg.label} is a transcoder: atoms are of the rows that are rebuilt, give an SAE"
             )
-        check_fit(one, store)
-    hook = check_fit(sae, store)
+        if (read := check_fit(one, store)) != (hook := check_fit(sae, store)):
+            raise DataError(
+                f"{one.cfg.label} reads {read}, the SAE that it stands beside {hook}: give SAEs of one hook"
+            )
     aip = aip or store_aip(store, hook)
+    if len(aip.root) != sae.cfg.d_model:
+        raise DataError(
+            f"the AIP has width {len(aip.root)}, the SAE d_model={sae.cfg.d_model}: leave it out, or estimate it on {hook}"
+        )
     samples = [_sample(store, hook, split, pursuit_rows) for split in ("train", "heldout")]
     job = _Job(store, hook, aip, samples, max_rows, recovery, seed)
     rows = [_row("sae", f"aip_{m}", aip.record[m], aip.record["rows"]) for m in _AIP_FIELDS]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saes.codes import Codes
 from saes.config import SAEConfig
-from saes.initialise import geometric_median, initialise, linear_map
+from saes.initialise import geometric_median, initialise, ridged
 from saes.sae import SAE, fold_transcoder
 
 CONTROL_ROWS = 200_000
@@ -72,19 +72,23 @@ class Linear:
 
 def fit_reduced_rank(store: Any, hook: str, target: str, k: int, *, batch_size: int = 8192) -> Linear:
     """Reduced-rank regression of y on x from up to CONTROL_ROWS train rows: least squares, then the k directions in
-    which its predictions vary most (Izenman 1975), in float64."""
-    xs, ys, n = [], [], 0
-    for x, y, _ in paired_rows(store, hook, target, batch_size=batch_size, split="train"):
-        xs.append(x)
-        ys.append(y)
+    which its predictions vary most (Izenman 1975), in float64. Only sums of products are kept."""
+    wide, tall, n = store.d(hook), store.d(target), 0
+    mean_x, mean_y = torch.zeros(wide, dtype=torch.float64), torch.zeros(tall, dtype=torch.float64)
+    xx, xy = mean_x.new_zeros(wide, wide), mean_x.new_zeros(wide, tall)
+    for rows, wanted, _ in paired_rows(store, hook, target, batch_size=batch_size, split="train"):
+        x, y = rows.double(), wanted.double()
+        mean_x += x.sum(0)
+        mean_y += y.sum(0)
+        xx += x.T @ x
+        xy += x.T @ y
         n += len(x)
         if n >= CONTROL_ROWS:
             break
-    x, y = torch.cat(xs).double(), torch.cat(ys).double()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    whole = linear_map(x.float(), y.float(), ridge=1e-6).double()
-    fitted = (x - mean_x) @ whole
-    _, vectors = torch.linalg.eigh(fitted.T @ fitted)
+    mean_x, mean_y = mean_x / n, mean_y / n
+    xx, xy = xx - n * torch.outer(mean_x, mean_x), xy - n * torch.outer(mean_x, mean_y)
+    whole = torch.linalg.solve(ridged(xx, 1e-6), xy)
+    _, vectors = torch.linalg.eigh(whole.T @ xx @ whole)
     best = vectors[:, -k:]
     return Linear(mean_x.float(), mean_y.float(), (whole @ best).float(), best.T.float().contiguous())
 

@@ -76,11 +76,13 @@ def of_training(source: Any, skip: str | None, l0: float | None) -> Conventions:
     store = getattr(source, "store", None)
     if store is None:
         return Conventions(l0=l0)
-    identity, left_out = store.identity, (skip or "").split("+")
+    identity, left_out = store.identity, set((skip or "").split("+"))
+    # where every row begins with BOS or with a chat template, `special` leaves position 0 out too
+    opens = identity.get("prepend_bos") or store.corpus.meta.get("mode") in ("dialogue", "dialogue_aligned")
     return Conventions(
         model=identity.get("model") or "",
         prepend_bos=identity.get("prepend_bos"),
-        skip_first=skip is not None and bool({"first", "not_assistant"} & set(left_out)),
+        skip_first=bool({"first", "not_assistant"} & left_out) or ("special" in left_out and bool(opens)),
         context=store.corpus.context,
         dataset=str(store.corpus.meta.get("name") or ""),
         l0=l0,

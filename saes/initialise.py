@@ -35,9 +35,12 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
 def linear_map(x: Tensor, y: Tensor, *, ridge: float = 1e-3) -> Tensor:
     """M `[d_in, d_out]` with the least sum ||y - x M||^2 on centred rows, plus ridge times the mean eigenvalue (float64)."""
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-300)
-    return torch.linalg.solve(gram, x.T @ y).float()
+    return torch.linalg.solve(ridged(x.T @ x, ridge), x.T @ y).float()
+
+
+def ridged(gram: Tensor, ridge: float) -> Tensor:
+    """Gram matrix plus ridge times its mean eigenvalue."""
+    return gram + (ridge * gram.diagonal().mean() + 1e-300) * torch.eye(len(gram)).to(gram)
 
 
 @torch.no_grad()

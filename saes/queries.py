@@ -171,7 +171,7 @@ class FeatureIndex:
             hits = features_of_tokens(self, self.tokens_like(text)["tok"].tolist())
             return [hits["feature"].tolist(), hits["mass"].tolist()]
         if mode == "id":
-            ids = [int(text)] if text.isdigit() and len(text) <= 9 else []
+            ids = [int(text)] if text.isascii() and text.isdigit() and len(text) <= 9 else []
         else:
             ids = sorted({f for (f, _), e in labels.items() if text.casefold() in e["text"].casefold()})
         return [ids, [None] * len(ids)]

@@ -142,6 +142,20 @@ def _ranges(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.repeat(start, count) + rank, rank
 
 
+def _lowest(f: Firings, runs: Runs, take: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place, rank) of the `take` most negative firings of each feature; of equal values the smallest rows first."""
+    end = runs.start + runs.n
+    # values fall but rows of a tie rise: of the tie that is cut, its first rows are taken and not its last ones
+    cut = f.value[np.maximum(end - take, 0).clip(max=max(len(f.value) - 1, 0))] if len(f.value) else take
+    tie = runs.start + count_above(f.value, runs.start, runs.n, cut, strict=True)
+    below = end - runs.start - count_above(f.value, runs.start, runs.n, cut, strict=False)
+    first, _ = _ranges(tie, take - np.minimum(below, take))
+    rest, _ = _ranges(end - np.minimum(below, take), np.minimum(below, take))
+    place = np.concatenate([first, rest])
+    place = place[np.lexsort((f.row[place], f.value[place], f.feature[place]))]
+    return place, _ranges(np.zeros_like(take), take)[1]
+
+
 def _draw(
     rng: np.random.Generator, low: np.ndarray, width: np.ndarray, take: np.ndarray
 ) -> tuple[np.ndarray, ...]:
@@ -170,9 +184,7 @@ def examples(f: Firings, runs: Runs, *, seed: int = 0) -> dict[str, np.ndarray |
 
     position, rank = _ranges(runs.start, np.minimum(runs.n_pos, TOP))
     add("top", 1, position, rank)
-    n_neg = np.minimum(runs.n - runs.n_pos, TOP)
-    position, rank = _ranges(runs.start + runs.n - n_neg, n_neg)
-    add("top", -1, position, np.repeat(n_neg, n_neg) - 1 - rank)
+    add("top", -1, *_lowest(f, runs, np.minimum(runs.n - runs.n_pos, TOP)))
     for band in range(BANDS):
         low = runs.n_pos * band // BANDS
         width = runs.n_pos * (band + 1) // BANDS - low

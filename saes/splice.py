@@ -2,7 +2,7 @@
 
 At a hook with activation x and codes z = encode(x) the model goes on with
 
-    error on        x + D(edit(z)) - D(z)        unedited: bit for bit x; gradients reach both x and z
+    error on        x + D(edit(z)) - D(z)        unedited: bit for bit x; gradients of exactly this: x has the plain model's
     error detached  the same value, but gradients reach x only through z
     error off       D(edit(z))
 
@@ -130,7 +130,8 @@ def attach(
 
     `model` is a `cache.LanguageModel`, a `ModuleModel`, or a plain Hugging Face model, which is then called as ever
     (`model(input_ids)`, `model.generate(...)`). `skip_first` None: position 0 as the conventions of each SAE say.
-    Raises UsageError for an unknown hook and DataError where an SAE's width is not the hook's.
+    Raises UsageError for an unknown hook and DataError where an SAE's width is not the hook's; a pass over rows that
+    are padded on the left raises DataError where position 0 is left out.
     """
     if not hasattr(model, "hooked"):
         from cache.plain_model import PlainModel
@@ -170,7 +171,11 @@ def attach(
 
 @contextmanager
 def _watching_cache(hf: torch.nn.Module | None, attached: Attached) -> Iterator[None]:
-    """Tell from the arguments of each pass of the Hugging Face model whether it continues a cache."""
+    """Tell from the arguments of each pass of the Hugging Face model whether it continues a cache.
+
+    Padding on the left is refused where position 0 is passed on: the first column would be padding, and the sink of each
+    row, past it, would be rebuilt.
+    """
     if hf is None:
         yield
         return
@@ -178,6 +183,14 @@ def _watching_cache(hf: torch.nn.Module | None, attached: Attached) -> Iterator[
     def see(_: torch.nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
         attached.continues = past is not None and past.get_seq_length() > 0
+        mask = kwargs.get("attention_mask")
+        if attached.continues or not any(attached.skips.values()) or not isinstance(mask, Tensor):
+            return
+        if mask.ndim == 2 and bool((mask[:, 0] == 0).any()):
+            raise DataError(
+                "rows padded on the left do not begin at position 0, which the SAE passes on: pad on the right, run rows "
+                "one by one, or give attach skip_first=False"
+            )
 
     handle = hf.register_forward_pre_hook(see, with_kwargs=True)
     try:

@@ -100,6 +100,8 @@ def _source(data: Any, hook: str | None, out_hook: str | None) -> Source:
     if isinstance(data, Tensor | tuple):
         if out_hook is not None:
             raise UsageError("tensors have no hooks: train a transcoder on two tensors (x, target)")
+        if isinstance(data, tuple) and len(data) != 2:
+            raise UsageError(f"{len(data)} tensors were given: one trains SAEs, two (x, target) transcoders")
         return TensorSource(data) if isinstance(data, Tensor) else TensorSource(*data)
     from cache.ring import Ring
 

@@ -128,6 +128,11 @@ def test_an_aip_is_the_same_from_its_files_and_damage_is_refused(tmp_path: Path)
     again = AIP.load(tmp_path)
     assert torch.equal(again.root, aip.root) and torch.equal(again.inverse, aip.inverse)
     assert again.record == aip.record
+    written = (tmp_path / "aip.json").read_text()
+    (tmp_path / "aip.json").write_text("{}")
+    with pytest.raises(DataError, match="two roots"):
+        AIP.load(tmp_path)
+    (tmp_path / "aip.json").write_text(written)
     (tmp_path / "aip.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(DataError, match="train the SAE again"):
         AIP.load(tmp_path)

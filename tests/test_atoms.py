@@ -29,7 +29,7 @@ from saes.pursuit import basis_pursuit, matching_pursuit, recovers
 from saes.sae import SAE
 from saes.synthetic import make_suite
 from saes.training import train
-from tests.corpora import HOOK, empty_store, fill, make_corpus
+from tests.corpora import HOOK, OTHER, empty_store, fill, make_corpus
 from tests.test_cli import run
 
 
@@ -297,3 +297,17 @@ def test_an_sae_of_another_width_and_a_transcoder_are_refused(measured) -> None:
         evaluate_atoms(oracle_sae(torch.eye(5), torch.eye(5), 0.1), store)
     with pytest.raises(UsageError, match="is a transcoder"):
         evaluate_atoms(SAE(SAEConfig(d_sae=8, k=2, d_model=16, d_out=4, out_hook="mlp", hook=HOOK)), store)
+
+
+def test_saes_of_two_hooks_or_an_aip_of_another_width_are_not_measured_on_each_other(tmp_path) -> None:
+    corpus = make_corpus(tmp_path, [60] * 8)
+    store = empty_store(tmp_path, corpus)
+    gen = torch.Generator().manual_seed(0)
+    fill(store, {h: torch.randn(corpus.n_tokens, 16, generator=gen) for h in (HOOK, OTHER)})
+    here, there = (SAE(SAEConfig(d_sae=8, k=2, d_model=16, hook=h)) for h in (HOOK, OTHER))
+    with pytest.raises(DataError, match="of one hook"):
+        evaluate_atoms(here, store, beside={"other": there})
+    narrow = SecondMoment(5)
+    narrow.add(torch.randn(100, 5, generator=gen))
+    with pytest.raises(DataError, match="width 5"):
+        evaluate_atoms(here, store, aip=narrow.aip())

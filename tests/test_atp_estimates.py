@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache.errors import UsageError
 from probes.attribution.atp import AtPStar
 from probes.attribution.patching import ExactPatching
 from probes.attribution.qk_fix import Attention, key_effects, query_effects
+from saes import SAE, attach, presets
 from tests.atp_models import linear_model, pair, random_pair, tiny_family
 
 KINDS = ("q", "k", "v", "z", "mlp", "resid", "attn_out", "mlp_out")
@@ -177,6 +179,35 @@ def test_graddrop_in_one_backward_equals_a_loop_over_layers(llama: Any, kind: st
         assert np.allclose(got, want.flatten().numpy(), rtol=1e-3, atol=1e-4 * float(want.max() + 1e-9)), (
             block
         )
+
+
+@pytest.mark.parametrize("site", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out"])
+def test_graddrop_goes_through_an_sae_that_takes_the_place_of_the_stream(llama: Any, site: str) -> None:
+    example, hook = random_pair(), f"blocks.1.{site}"
+    torch.manual_seed(0)
+    sae = SAE(presets.topk(d_sae=48, k=6, d_model=32, hook=hook))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(48, 32), dim=1))
+    sae.requires_grad_(False)
+    method = AtPStar(llama, nodes=("z",), saes={hook: sae}, error=False, qk_fix=False)
+    scores, targets = method.attribute(example), method.targets(example)
+    case = method.case(method.space(targets), targets)
+    block = scores.space.blocks[0]
+    change = case.change(block)[0]
+    with attach(llama, {hook: sae}, error=False):
+        rows = [looped_graddrop(llama, example, block.hook, d) for d in range(3)]
+    want = sum((r[0].unflatten(-1, (block.n, -1)) * change).sum(-1).abs() for r in rows) / 2
+    got = scores.score[: scores.space.offsets[1]]
+    assert block.layer == 0 and float(want.max()) > 1e-3
+    assert np.allclose(got, want.flatten().numpy(), rtol=1e-3, atol=1e-4 * float(want.max()))
+
+
+def test_graddrop_on_a_model_of_one_layer_is_refused_and_not_all_zero(tmp_path: Path) -> None:
+    model = tiny_family("llama", tmp_path, num_hidden_layers=1)
+    with pytest.raises(UsageError, match="grad_drop=False"):
+        AtPStar(model)
+    assert AtPStar(model, grad_drop=False).attribute(random_pair()).score.max() > 0
 
 
 def test_memory_cap_does_not_change_the_scores(llama: Any) -> None:

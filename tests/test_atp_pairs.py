@@ -32,6 +32,11 @@ def test_a_pair_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     pairs = [PromptPair(clean="a “b”", noise="a “c”", answers=(" x", " y"), wrong=(" z",), name="set")]
     write_pairs(tmp_path / "p.jsonl", pairs)
     assert read_pairs(tmp_path / "p.jsonl") == pairs
+    odd = [
+        PromptPair(clean="a\u2028b\x85c", noise="d\u2029e\nf", answers=(" x",), name="line ends of Unicode")
+    ]
+    write_pairs(tmp_path / "odd.jsonl", odd)
+    assert read_pairs(tmp_path / "odd.jsonl") == odd
     (tmp_path / "q.jsonl").write_text('{"clean": "a", "noise": "b", "answers": " x"}\n\n')
     assert read_pairs(tmp_path / "q.jsonl")[0].answers == (" x",)
 
@@ -42,6 +47,12 @@ def test_a_pair_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"clean": "a", "noise": "b", "answers": ["c"]}\n' + line)
     with pytest.raises(DataError, match=r"p\.jsonl:2"):
+        read_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes('{"clean": "é", "noise": "b"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"p\.jsonl is not UTF-8"):
         read_pairs(tmp_path / "p.jsonl")
 
 

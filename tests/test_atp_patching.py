@@ -90,6 +90,30 @@ def test_one_head_patched_by_hand_is_the_same_number(llama: Any) -> None:
         assert abs(want) > 1e-4 and exact.effects(node.to_numpy())[0] == pytest.approx(want, abs=1e-5)
 
 
+def test_a_set_of_nodes_gets_its_noise_values_and_all_of_them_the_noise_run(llama: Any) -> None:
+    """Patched nodes that others of the set have moved are set, not moved twice: by hooks, and by the noise run itself."""
+    example = random_pair()
+    exact = ExactPatching(AtPStar(llama, nodes=("q", "k", "v", "z", "mlp")), example)
+    frame, clean, noise = exact.space.frame(), torch.tensor([example.clean]), torch.tensor([example.noise])
+
+    def value(logits: Tensor) -> float:
+        return float(logits[0, -1, 7] - logits[0, -1, 8])
+
+    everything = exact.patched([np.arange(len(frame))])[0]
+    assert everything == pytest.approx(value(llama(noise)) - value(llama(clean)), abs=1e-4)
+    chosen = frame[frame["kind"].isin(["v", "z"]) & (frame["pos"] >= 2) & (frame["index"] == 0)]
+    edits = {}
+    for hook in chosen["hook"].unique():
+        other = llama.capture(noise, hook)[hook]
+        edits[hook] = lambda x, other=other: torch.cat(
+            [x[:, :2], torch.cat([other[:, 2:, :8], x[:, 2:, 8:]], -1)], 1
+        )
+    with llama.hooked(edits):
+        want = value(llama(clean))
+    got = exact.patched([chosen["node"].to_numpy()])[0]
+    assert got == pytest.approx(want - value(llama(clean)), abs=1e-4)
+
+
 # ------------------------------------------------------------------------------------ SAE features
 
 
@@ -245,3 +269,10 @@ def test_parts_are_not_written_for_every_chunk(llama: Any, tmp_path: Path) -> No
     exact = ExactPatching(AtPStar(llama), random_pair())
     exact.run(tmp_path / "run")
     assert patching.PART_SECONDS >= 5 and len(list((tmp_path / "run").glob("part-*"))) <= 3
+
+
+def test_a_folder_with_effects_of_other_nodes_is_refused(llama: Any, tmp_path: Path) -> None:
+    exact = ExactPatching(AtPStar(llama), random_pair())
+    exact.run(tmp_path / "run", np.arange(100, 120))
+    with pytest.raises(DataError, match="other nodes"):
+        exact.run(tmp_path / "run", np.arange(200, 220))

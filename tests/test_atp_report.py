@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from app import figures_attribution as figs
 from app.cli import app
 from cache import connect
+from cache.errors import UsageError
+from cache.workspace import read_json
 from probes.attribution.atp import AtPStar
 from probes.attribution.pairs import PromptPair, write_pairs
 from probes.attribution.report import BOUNDS, RECALL, find_attributions, read_table
@@ -136,6 +139,12 @@ def test_an_empty_workspace_names_the_command_and_a_bad_url_the_run(
     assert "No attribution" in page and "<b>.." not in page
 
 
+def test_a_damaged_record_is_named_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attributions" / "run").mkdir(parents=True)
+    (tmp_path / "attributions" / "run" / "run.json").write_text('{"name"')
+    assert "run.json" in words(open_page("attribute", tmp_path, monkeypatch))
+
+
 def test_features_of_a_saved_sae_are_ranked_beside_heads(
     workspace: Path, tiny_model: Any, tmp_path: Path
 ) -> None:
@@ -167,3 +176,36 @@ def test_features_of_a_saved_sae_are_ranked_beside_heads(
         assert (features["pos"] > 0).all() and len(features) < 96 * 12, "only features that differ are rows"
     again = CliRunner().invoke(app, [*arguments, "--sae", str(tmp_path / "sae")])
     assert "one hook" in str(again.exception)
+
+
+def test_a_transcoder_is_refused_in_one_line(workspace: Path, tiny_model: Any, tmp_path: Path) -> None:
+    from saes import SAE
+    from saes.config import SAEConfig
+
+    sae = SAE(SAEConfig(
+        d_sae=16, k=2, d_model=64, hook="blocks.1.hook_resid_mid", out_hook="blocks.1.hook_mlp_out", d_out=64,
+    ))  # fmt: skip
+    arguments = [
+        "attribute",
+        str(workspace / "cats.jsonl"),
+        "--model",
+        tiny_model.source,
+        "-w",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--sae", str(sae.save(tmp_path / "sae"))])
+    assert isinstance(done.exception, UsageError) and "is a transcoder" in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert CliRunner().invoke(app, [*arguments, "--top-k", "-3"]).exit_code == 2
+
+
+def test_the_name_in_a_pair_file_is_no_path(tiny_model: Any, tmp_path: Path) -> None:
+    method = AtPStar(tiny_model, nodes=("z",), qk_fix=False, grad_drop=False)
+    for name in ("../../out/x", "a/b", "x" * 300, "..", "größer als"):
+        pairs = [replace(p, name=name) for p in PAIRS]
+        folder = method.report(method.attribute(pairs), pairs, tmp_path / "ws")
+        assert (
+            folder.parent == tmp_path / "ws" / "attributions"
+            and read_json(folder / "run.json")["name"] == name
+        )
+    assert len(find_attributions(tmp_path / "ws")) == 5 and not (tmp_path / "out").exists()

@@ -117,6 +117,20 @@ def test_splices_further_down_do_not_count_the_gradient_of_codes_twice(activatio
     torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=1e-7)
 
 
+def test_rows_padded_on_the_left_are_refused_where_position_0_is_passed_on(hf) -> None:
+    """The sink would be rebuilt and a padding token passed on in its place, without a word."""
+    hook = "blocks.0.hook_resid_post"
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        with attach(hf, {hook: make_sae(hook)}), pytest.raises(DataError, match="padded on the left"):
+            hf(tokens(), attention_mask=mask)
+        for given, skip in ((mask.flip(1), None), (mask, False)):
+            with attach(hf, {hook: make_sae(hook)}, skip_first=skip) as a:
+                hf(tokens(), attention_mask=given)
+            assert hook in a.codes
+
+
 @pytest.mark.parametrize("factor", [2.0, 0.0])
 def test_an_edit_with_the_error_term_has_the_gradient_of_what_it_computes(factor: float) -> None:
     """y = x + D(edit(z)) - D(z): by hand, with z a function of x in both places."""

@@ -150,7 +150,7 @@ def test_lists_filter_sort_and_page(indexed) -> None:
 
 
 @pytest.mark.parametrize(
-    "hostile", ["'; DROP TABLE idx.feature; --", "%", "\\", '"', "\x00", "<script>", "９" * 50]
+    "hostile", ["'; DROP TABLE idx.feature; --", "%", "\\", '"', "\x00", "<script>", "９" * 50, "²"]
 )
 def test_hostile_search_text_finds_nothing_and_breaks_nothing(indexed, hostile: str) -> None:
     index = indexed[0]

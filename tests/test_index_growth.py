@@ -20,6 +20,7 @@ from saes import encoding, feature_file, indexing, token_table
 from saes.config import SAEConfig
 from saes.indexing import build_index
 from saes.queries import FeatureIndex
+from saes.ranking import TOP, Firings, examples, find_runs, sort_block
 from saes.sae import SAE
 from tests.corpora import HOOK, empty_store, fill, make_corpus, make_store, random_vectors
 from tests.test_index import LENGTHS, D, F, make_sae
@@ -285,3 +286,33 @@ def test_rows_left_out_by_skip_fire_nowhere_and_another_skip_is_refused(tmp_path
     with pytest.raises(UsageError, match="skip=None"):
         build_index(sae, store, skip="first")
     assert indexing.index_path(sae, store).is_dir()
+
+
+def test_of_equal_activations_the_first_rows_are_the_top_ones_of_either_pole() -> None:
+    """Oracle: a sort by |value| and row. Ties are common: float16 has few values, and some features are constant."""
+    g = np.random.default_rng(0)
+    n = 4000
+    f = Firings(
+        g.integers(0, 6, n).astype(np.int32), g.permutation(n).astype(np.uint32),
+        g.choice([-2.0, -1.0, -0.5, 1.0, 2.0], n).astype(np.float32),
+    )  # fmt: skip
+    f = Firings(*(c[f.feature != 3] for c in f))  # 3 is silent
+    block = sort_block(f)
+    found = examples(block, find_runs(block, 0, 7))
+    kind = np.asarray(found["kind"].to_pylist())
+    for feature in range(7):
+        for sign in (1, -1):
+            mine = (f.feature == feature) & (f.value * sign > 0)
+            order = np.lexsort((f.row[mine], -np.abs(f.value[mine])))[:TOP]
+            at = np.flatnonzero((kind == "top") & (found["feature"] == feature) & (found["sign"] == sign))
+            at = at[np.argsort(found["rank"][at])]
+            assert found["rank"][at].tolist() == list(range(len(order)))
+            assert found["row"][at].tolist() == f.row[mine][order].tolist(), (feature, sign)
+
+
+def test_a_mistyped_skip_does_not_bind_the_index_that_is_built_next(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, LENGTHS, d=D)
+    with pytest.raises(UsageError, match="fisrt"):
+        build_index(make_sae(), store, skip="fisrt")
+    build_index(make_sae(), store)
+    assert FeatureIndex.open(tmp_path).meta["skip"] == "first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cache.errors import DataError
 from saes.config import TrainConfig
-from saes.conventions import Conventions
+from saes.conventions import Conventions, of_training
 from saes.presets import topk
 from saes.sae import SAE
 from saes.training import train
@@ -229,6 +230,19 @@ def test_what_training_knows_of_its_store_stands_in_the_saved_folder(tmp_path: P
     loaded = SAE.load(result.path)
     assert loaded.conventions == result.sae.conventions and loaded.conventions.l0 <= 2
     assert sae_lens.SAE.load_from_disk(str(result.path)).cfg.metadata.prepend_bos is True
+
+
+@pytest.mark.parametrize(
+    ("skip", "bos", "left_out"),
+    [("first", False, True), ("special", True, True), ("special", False, False), (None, True, False)],
+)
+def test_position_0_counts_as_left_out_where_it_is_a_bos_and_special_rows_are_left_out(
+    skip: str | None, bos: bool, left_out: bool, tmp_path: Path
+) -> None:
+    """`attach` follows it: an SAE that has never seen BOS must not rebuild it, whose norm is a hundred times the rest."""
+    store, _ = make_store(tmp_path)
+    store.identity["prepend_bos"] = bos
+    assert of_training(SimpleNamespace(store=store), skip, 2.0).skip_first is left_out
 
 
 def test_conventions_are_not_part_of_the_id(tmp_path: Path) -> None:

@@ -412,3 +412,9 @@ def test_a_transcoder_works_in_every_way_to_run_the_model(mlp, tiny_dir: Path) -
     plain = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
     with torch.no_grad(), attach(plain, {OUT_HOOK: result.sae}, error=False, skip_first=True):
         torch.testing.assert_close(plain(tokens).logits, want, rtol=1e-3, atol=1e-3)
+
+
+def test_other_numbers_of_tensors_than_one_or_two_are_one_line() -> None:
+    x = torch.zeros(8, 4)
+    with pytest.raises(UsageError, match="3 tensors"):
+        train((x, x, x), [SAEConfig(d_sae=8, k=2)], TrainConfig(steps=1, batch_size=4))

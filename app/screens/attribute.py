@@ -104,7 +104,11 @@ def checks(record: dict[str, Any], frame: Any) -> None:
 def page() -> None:
     state.title("Attribution")
     root = state.workspace()
-    found = {r["run"]: r for r in find_attributions(root)} if root.is_dir() else {}
+    try:
+        found = {r["run"]: r for r in find_attributions(root)} if root.is_dir() else {}
+    except AtomscopeError as e:
+        state.line(str(e))
+        return
     if not found:
         state.line("No attribution in this workspace yet. Rank the heads of a model with", COMMAND)
         return

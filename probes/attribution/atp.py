@@ -81,6 +81,10 @@ class AtPStar:
         self.model, self.metric, self.saes, self.error = model, as_metric(metric), dict(saes or {}), error
         self.summed, self.qk_fix, self.grad_drop = positions == "sum", qk_fix, grad_drop
         self.batch = max(1, batch)
+        if grad_drop and model.n_layers < 2:
+            raise UsageError(
+                "GradDrop drops one layer of several and this model has one: use grad_drop=False"
+            )
         self.blocks = node_blocks(model, tuple(nodes), self.saes, error=error)
         self._geometry: set[int] = set()
         self._checked = False

@@ -86,7 +86,20 @@ def layer_gradients(case: Case, hooks: dict[int, list[str]], *, grad_drop: bool,
                 _check_writes(case, graph, len(graphs))
             below, at = graph.gradients(rows, chunk, vectorised)
             yield LayerGradients(layer=len(graphs), at=at, own=rows[:1])
-            rows = torch.cat([below, rows[:1]]) if grad_drop else below
+            rows = (
+                torch.cat([below, _handed_on(case, len(graphs), graph.x, rows[:1])]) if grad_drop else below
+            )
+
+
+def _handed_on(case: Case, layer: int, x: Tensor, rows: Tensor) -> Tensor:
+    """Gradient [1, B, T, d] at the stream into a dropped layer: that behind it, but through an SAE in the stream's place."""
+    if case.error or not any(h.startswith(f"blocks.{layer}.hook_resid_") for h in case.saes):
+        return rows
+    x = x.detach().requires_grad_()
+    writes = [f"blocks.{layer}.{n}" for n in ("hook_attn_out", "hook_mlp_out")]
+    with torch.enable_grad(), case.model.running, case.model.hooked(dict.fromkeys(writes, Tensor.detach)):
+        y = case.clean.call(layer, x)
+    return torch.autograd.grad(y, x, rows[0])[0][None]
 
 
 def _output_gradient(case: Case, x: Tensor) -> Tensor:

@@ -77,7 +77,12 @@ def read_pairs(path: str | Path) -> list[PromptPair]:
     if not file.is_file():
         raise MissingDataError(f"no pair file {file}: give a JSONL file with clean, noise, answers and wrong")
     pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file} is not UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8") from e
+    # not splitlines: a prompt may hold U+2028 and its like, which end no line of JSONL
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             pairs.append(_parsed(line, f"{file}:{number}", file.stem))
     if not pairs:

@@ -173,7 +173,10 @@ class ExactPatching:
         return fn
 
     def _add(self, x: Tensor, block: Block, change: Tensor, row: Tensor, pos: Tensor, index: Tensor, start: int) -> None:  # fmt: skip
-        """Add the change of each (row, position, index) to x [R, T - start, d], in place."""
+        """Put the noise value of each (row, position, index) into x [R, T - start, d], in place.
+
+        A feature and an error are parts of their hook's vector: their change is added to what is there.
+        """
         if self.space.summed:
             t = len(change)
             row, index, pos = (
@@ -186,7 +189,12 @@ class ExactPatching:
             x.index_put_((row, pos), rows.to(x.dtype), accumulate=True)
             return
         view = x.view(*x.shape[:2], block.n, -1)
-        view.index_put_((row, pos, index), change[pos + start, index].to(x.dtype), accumulate=True)
+        if block.kind == "sae_error":
+            view.index_put_((row, pos, index), change[pos + start, index].to(x.dtype), accumulate=True)
+            return
+        # The value itself: nodes before it in the same set have moved what is there, and it must not count twice.
+        noise = self.case.noise[block.hook][0].unflatten(-1, (block.n, -1))
+        view.index_put_((row, pos, index), noise[pos + start, index].to(x.dtype))
 
     # ------------------------------------------------------------------ all nodes
 
@@ -199,7 +207,9 @@ class ExactPatching:
         place = {int(n): i for i, n in enumerate(ids)}
         for file in sorted(folder.glob("part-*.parquet")):
             table = pq.read_table(file)
-            at = [place[n] for n in table["node"].to_pylist()]
+            at = [place.get(n, -1) for n in table["node"].to_pylist()]
+            if -1 in at:
+                raise DataError(f"{folder} holds the effects of other nodes: give a new folder")
             out[at], known[at] = table["effect"].to_numpy(), True
         pending: list[np.ndarray] = []
         last = time.monotonic()

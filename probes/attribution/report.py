@@ -9,6 +9,7 @@ score is 0 and that were not measured are left out. The DuckDB views are in `pro
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def write_attribution(
     key = hashlib.sha256(canonical_json(record).encode()).hexdigest()[:8]
     label = name or next((p.text.name for p in tokens if p.text and p.text.name), "pairs")
     record |= {"name": label, "provenance": provenance(started=started, device=str(attribution.model.device))}
-    folder = workspace_path(workspace) / "attributions" / f"{label}-{scores.method.replace('+', '-')}-{key}"
+    # a name is anything that a pair file says: never a path
+    safe = re.sub(r"[^\w.-]+", "-", label)[:60].strip(".-") or "pairs"
+    folder = workspace_path(workspace) / "attributions" / f"{safe}-{scores.method.replace('+', '-')}-{key}"
     with atomic_dir(folder) as tmp:
         pq.write_table(_table(_nodes(scores, targets, attribution.model.tokenizer)), tmp / NODES)
         if recall is not None:

@@ -121,5 +121,5 @@ def _second(path: Path, where: str) -> tuple[str, str, float | None]:
     return (
         model,
         f"blocks.{layer[1]}.{_SITES_2[site]}" if layer and site else "",
-        None if l0 is None else float(l0),
+        float(l0) if isinstance(l0, int | float) else None,
     )
