@@ -117,8 +117,11 @@ def matched_k(sae: SAE, store: Any, hook: str) -> int:
     return min(max(1, round(total / max(n, 1))), sae.cfg.d_sae)
 
 
-def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int = 0) -> Dictionary:
-    """A TopK dictionary of the same shape that keeps k latents of random unit atoms (tied encoder, best single scale)."""
+def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int = 1) -> Dictionary:
+    """A TopK dictionary of the same shape that keeps k latents of random unit atoms (tied encoder, best single scale).
+
+    Beside a TopK SAE it differs from the control `initial` in the draw of the atoms alone, hence another seed.
+    """
     cfg = sae.cfg
     untrained = SAE(SAEConfig(
         d_sae=cfg.d_sae, k=k, activation="abs_topk" if cfg.signed else "topk", space="raw", d_model=cfg.d_model,
