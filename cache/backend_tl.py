@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache.hooks import Edit, edited, flat, resid_mid_block, storable
+from cache.hooks import Edit, edited, flat, mid_edit, resid_mid_block, storable
 
 
 class _Stop(BaseException):
@@ -108,24 +108,8 @@ class TransformerLensBackend:
 
     @contextmanager
     def _mid(self, name: str, block: str, fn: Edit) -> Iterator[None]:
-        """Edit the stream between attention and MLP.
-
-        The bridge's hook point is the input of the MLP's norm, past the place where the residual branches off, so
-        replacing it there reaches the MLP only. The change itself is added to the block's output, which completes
-        the edit: f(x) + mlp(f(x)) = (x + mlp(f(x))) + (f(x) − x).
-        """
-        change: list[Tensor] = []
-
-        def replace(x: Tensor) -> Tensor | None:
-            change.clear()
-            y = edited(x, fn, name)
-            if y is not None:
-                change.append(y - x)
-            return y
-
-        def complete(x: Tensor) -> Tensor | None:
-            return x + change.pop() if change else None
-
+        """Edit the stream between attention and MLP."""
+        replace, complete = mid_edit(fn, name)
         # Prepended: whoever reads or edits hook_resid_post sees the finished stream.
         with self._hook(name, replace), self._hook(f"{block}.hook_out", complete, prepend=True):
             yield

@@ -57,6 +57,29 @@ def edited(x: Tensor, fn: Edit, name: str) -> Tensor | None:
     return y.reshape(x.shape).to(x.dtype)
 
 
+def mid_edit(
+    fn: Edit, name: str
+) -> tuple[Callable[[Tensor], Tensor | None], Callable[[Tensor], Tensor | None]]:
+    """An edit of the stream between attention and MLP, as (at the MLP's norm, at the block's output).
+
+    The norm's input is past the place where the residual branches off, so replacing it there reaches the MLP only. The
+    change itself is added to the block's output, which completes the edit: f(x) + mlp(f(x)) = (x + mlp(f(x))) + (f(x) − x).
+    """
+    change: list[Tensor] = []
+
+    def replace(x: Tensor) -> Tensor | None:
+        change.clear()
+        y = edited(x, fn, name)
+        if y is not None:
+            change.append(y - x)
+        return y
+
+    def complete(x: Tensor) -> Tensor | None:
+        return x + change.pop() if change else None
+
+    return replace, complete
+
+
 def _child(parent: nn.Module, *options: str) -> str | None:
     return next((o for o in options if isinstance(getattr(parent, o, None), nn.Module)), None)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cache.assets import nearest
 from cache.errors import UsageError
-from cache.hooks import Edit, Site, edited, module_sites, resid_mid_block
+from cache.hooks import Edit, Site, edited, mid_edit, module_sites, resid_mid_block
 
 
 class PlainModel:
@@ -99,18 +99,7 @@ class PlainModel:
 
     @contextmanager
     def _mid(self, name: str, block: str, fn: Edit) -> Iterator[None]:
-        change: list[Tensor] = []
-
-        def replace(x: Tensor) -> Tensor | None:
-            change.clear()
-            y = edited(x, fn, name)
-            if y is not None:
-                change.append(y - x)
-            return y
-
-        def complete(x: Tensor) -> Tensor | None:
-            return x + change.pop() if change else None
-
+        replace, complete = mid_edit(fn, name)
         # prepended: whoever reads or edits hook_resid_post sees the finished stream
         with self._hook(name, replace), self._hook(f"{block}.hook_resid_post", complete, prepend=True):
             yield
