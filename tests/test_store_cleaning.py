@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def age(path: Path, hours: float) -> None:
     """Make a file, or a folder with all in it, look as if last written hours ago."""
-    when = time.time() - hours * 3600
     for p in [*path.rglob("*"), path]:
+        os.utime(p)  # now, by the file system's own account
+        when = p.stat().st_mtime - hours * 3600
         os.utime(p, (when, when))
 
 
