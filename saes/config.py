@@ -127,8 +127,10 @@ class SAEConfig(_Config):
     """aip: ridge on the second moment, relative to its mean eigenvalue."""
     aip_centred: bool = False
     """aip: whiten by the covariance instead of the second moment."""
-    encoder_init: Literal["scaled", "tied"] = "scaled"
-    """First encoder: the decoder's rows times the factor that fits the first rows best, or the rows themselves."""
+    encoder_init: Literal["auto", "quarter", "scaled", "tied"] = "auto"
+    """First encoder. scaled: the decoder's rows times the factor that fits the first rows best (Gao et al. 2024); quarter:
+    a quarter of that, from which Adam's steps turn directions faster (docs/performance.md); tied: the rows themselves.
+    auto: quarter where the largest k are kept, whatever their scale; scaled where thresholds or a penalty have one."""
     data: Literal["any", "fast"] = "any"
     """Data path that training insists on. fast: dialogues that each ran alone through the model (corpus mode dialogue),
     all their rows, template and position 0 included, mixed as activations (arXiv 2506.07691)."""
@@ -161,8 +163,8 @@ class SAEConfig(_Config):
         for field in ("auxk", "l0", "l0_target", "separability", "threshold_init", "aip_ridge"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
-        if self.encoder_init not in ("scaled", "tied"):
-            raise UsageError(f"encoder_init must be scaled or tied, got {self.encoder_init!r}")
+        if self.encoder_init not in ("auto", "quarter", "scaled", "tied"):
+            raise UsageError(f"encoder_init must be auto, quarter, scaled or tied, got {self.encoder_init!r}")
         if self.k_aux is not None and self.k_aux < 1:
             raise UsageError(f"k_aux must be at least 1, got {self.k_aux}")
         if self.lr is not None and not 0 < self.lr < math.inf:

@@ -1,7 +1,8 @@
 """The control `initial`: the SAE itself before its first step, so that a figure shows what training has added.
 
 Architecture and rule of the trained SAE, weights as training starts from (saes/initialise.py: random unit directions,
-encoder tied to them up to one scale, b_dec at the geometric median of the rows). Thresholds too: jumprelu's in standard
+encoder tied to them, b_dec at the geometric median of the rows), with the encoder at the scale that fits the rows best even
+where training starts below it: a control should be as good as it can be. Thresholds too: jumprelu's in standard
 deviations of the first pre-activations, the one of batch_* where the mean L0 is k; relu and gated start with half of
 their latents active. `untrained` beside it has the L0 of the trained SAE instead, whatever the architecture.
 """
@@ -41,7 +42,9 @@ class Initial(Dictionary):
 @torch.no_grad()
 def initial_sae(sae: SAE, store: Any, hook: str, *, seed: int = 0) -> Initial:
     """The SAE of `sae.cfg` as training would start it on the first train rows of `store` (raw, as saved SAEs are)."""
-    cfg = replace(sae.cfg, name="initial")
+    cfg = replace(
+        sae.cfg, name="initial", encoder_init="tied" if sae.cfg.encoder_init == "tied" else "scaled"
+    )
     fresh = SAE(cfg).to(sae.W_enc.device)
     target = cfg.out_hook if cfg.transcoder else hook
     x, y, _ = next(paired_rows(store, hook, target, batch_size=SAMPLE_ROWS, split="train"))

@@ -1,5 +1,8 @@
 """Initial weights (Gao et al. 2024): tied random unit directions, b_dec at the geometric median, one encoder scale.
 
+The scale is that of the best first reconstruction (theirs) or, by default where the largest k are kept, a quarter of it:
+Adam moves every weight by about the learning rate, so rows a quarter as long turn four times as fast.
+
 A transcoder has no tied start: decoder row i is the direction in which the least-squares map M from input to target
 sends encoder row i, d_i = w_i M / ||w_i M||. With the input as target M is the identity, and that is the tied start.
 """
@@ -13,6 +16,7 @@ from saes.kernels import decode_rows, top_pre_activations
 from saes.sae import SAE
 
 MEDIAN_ROWS = 8192
+QUARTER = 0.25
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
@@ -63,12 +67,14 @@ def initialise(sae: SAE, x: Tensor, *, seed: int, target: Tensor | None = None) 
     sae.W_enc.copy_(directions)
     if sae.cfg.encoder_init == "tied":
         return
-    # one factor on the encoder, so that the first reconstruction has the best scale in least squares
+    # one factor on the encoder: the one whose first reconstruction has the best scale in least squares, or a share of it
     xc, wanted = x[:1024] - sae.centre, target[:1024] - sae.b_dec
     guess = _first_reconstruction(sae, xc)
     size = (guess**2).sum()
+    quarter = sae.cfg.encoder_init == "quarter" or (sae.cfg.encoder_init == "auto" and sae.cfg.has_k)
+    share = QUARTER if quarter else 1.0
     if size > 0:
-        sae.W_enc.mul_(((guess * wanted).sum() / size).clamp_min(1e-3))
+        sae.W_enc.mul_(share * ((guess * wanted).sum() / size).clamp_min(1e-3))
 
 
 def _first_reconstruction(sae: SAE, xc: Tensor) -> Tensor:

