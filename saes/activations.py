@@ -21,18 +21,10 @@ from torch import Tensor
 
 from saes.codes import Codes
 from saes.gradients import GradientBuffers
-from saes.kernels import (
-    Also,
-    Dead,
-    Scratch,
-    StepOutput,
-    Support,
-    decode_from,
-    encode_at,
-    keep_largest,
-    top_pre_activations,
-)  # fmt: skip
+from saes.kernels import Dead, StepOutput, Support, decode_from, encode_at
+from saes.row_topk import keep_largest
 from saes.selection import DENSE_SHARE, above_threshold, batch_largest
+from saes.top_products import Also, Scratch, top_pre_activations
 
 
 class _Jump(torch.autograd.Function):

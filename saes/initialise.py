@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saes.kernels import decode_rows, top_pre_activations
+from saes.kernels import decode_rows
 from saes.sae import SAE
+from saes.top_products import top_pre_activations
 
 MEDIAN_ROWS = 8192
 QUARTER = 0.25

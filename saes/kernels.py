@@ -12,7 +12,6 @@ against a dense reference in float64. AuxK (Gao et al. 2024) runs on the dead la
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,72 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saes.gradients import GradientBuffers, SlicedSums
-from saes.row_topk import keep_largest, largest
-
-CHUNK_BYTES = 128 * 2**20
-"""Pre-activations are made in blocks of rows of this size; each block packs the weights again."""
-
-
-class Scratch:
-    """Reusable buffers: a fresh 100 MB allocation a step costs more in page faults than its arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        size = math.prod(shape)
-        old = self._buffers.get(name)
-        if old is None or old.numel() < size or old.dtype != dtype or old.device != device:
-            old = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
-        return old[:size].view(shape)
-
-
-class Also:
-    """Latents (ids int64 `[n]`) whose pre-activations `[B, n]` a selection keeps where it has them anyway."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-        self.values: Tensor | None = None
-
-    def keep(self, u: Tensor, first: int, rows: int) -> None:
-        if self.values is None:
-            self.values = u.new_empty(rows, len(self.ids))
-        torch.index_select(u, 1, self.ids, out=self.values[first : first + len(u)])
-
-
-def top_pre_activations(
-    xc: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    *,
-    signed: bool,
-    scratch: Scratch | None = None,
-    also: Also | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Values and ids `[B, k]` of the k largest (signed: largest in magnitude) of `xc @ w_enc.T + b_enc`.
-
-    xc `[B, d_model]` is already centred. Works block by block, so memory is CHUNK_BYTES, not B * d_sae.
-    """
-    scratch = scratch or Scratch()
-    rows, d_sae = xc.shape[0], w_enc.shape[0]
-    block = max(1, min(rows, CHUNK_BYTES // (d_sae * xc.element_size())))
-    values = xc.new_empty(rows, k)
-    indices = torch.empty(rows, k, dtype=torch.int64, device=xc.device)
-    for i in range(0, rows, block):
-        part = xc[i : i + block]
-        u = scratch.get("u", (len(part), d_sae), xc.dtype, xc.device)
-        torch.addmm(b_enc, part, w_enc.T, out=u)
-        if also is not None:
-            also.keep(u, i, rows)
-        if signed:
-            size = torch.abs(u, out=scratch.get("abs", (len(part), d_sae), xc.dtype, xc.device))
-            ids = largest(size, k)[1]
-            indices[i : i + block] = ids
-            values[i : i + block] = u.gather(1, ids)
-        else:
-            values[i : i + block], indices[i : i + block] = largest(u, k)
-    return values, indices
+from saes.row_topk import keep_largest
+from saes.top_products import CHUNK_BYTES, Also, top_pre_activations
 
 
 def row_dots(g: Tensor, w: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:

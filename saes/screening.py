@@ -12,7 +12,8 @@ import time
 import torch
 from torch import Tensor
 
-from saes.kernels import Also, Scratch, row_dots, top_pre_activations
+from saes.kernels import row_dots
+from saes.top_products import Also, Scratch, top_pre_activations
 
 AUDIT_STEPS = 500
 AUDIT_ROWS = 1024
@@ -24,7 +25,7 @@ def candidates(k: int) -> int:
 
 
 class Screen:
-    """A drop-in for `kernels.top_pre_activations` that screens in bfloat16 while its audits find no miss."""
+    """A drop-in for `top_pre_activations` that screens in bfloat16 while its audits find no miss."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled

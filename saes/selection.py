@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saes import kernels
-from saes.kernels import Scratch
+from saes.top_products import Scratch
 
 DENSE_SHARE = 1 / 8
 """Where more of the latents fire, dense products are cheaper than bags."""

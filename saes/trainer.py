@@ -26,7 +26,7 @@ from saes.config import BATCH_K, SAEConfig, TrainConfig
 from saes.gba import GroupBias
 from saes.gradients import GradientBuffers
 from saes.initialise import MEDIAN_ROWS, geometric_median, initialise
-from saes.kernels import Dead, Scratch, StepOutput
+from saes.kernels import Dead, StepOutput
 from saes.metrics import SINK_RATIO
 from saes.objectives import loss_terms
 from saes.sae import SAE, fix_signs, fold_input_scale, fold_transcoder, fold_whitening
@@ -34,6 +34,7 @@ from saes.screening import Screen, screening_gains
 from saes.selection import DENSE_SHARE, above_threshold, threshold_for
 from saes.separability import nearest_atoms, separability
 from saes.sources import Moments
+from saes.top_products import Scratch
 
 TRIM = 1000
 THETA_RATE = 0.01

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saes import kernels
+from saes import kernels, top_products
 from saes.kernels import Dead, row_dots, sparse_step
 from saes.screening import Screen
+from saes.top_products import Also, column_width, top_pre_activations
 
 B, D, F, K = 9, 7, 40, 5
 
@@ -123,13 +124,46 @@ def test_row_dots_of_rows_with_any_number_of_entries_equal_their_definition(monk
 @pytest.mark.parametrize("signed", [False, True])
 def test_blocks_of_rows_do_not_change_the_selection(signed: bool, monkeypatch) -> None:
     x, w, b = torch.randn(50, 8), torch.randn(64, 8), torch.randn(64)
-    whole = kernels.top_pre_activations(x, w, b, 6, signed=signed)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 64 * 4 * 7)
-    parts = kernels.top_pre_activations(x, w, b, 6, signed=signed)
+    whole = top_pre_activations(x, w, b, 6, signed=signed)
+    monkeypatch.setattr(top_products, "CHUNK_BYTES", 64 * 4 * 7)
+    parts = top_pre_activations(x, w, b, 6, signed=signed)
     u = x @ w.T + b
     want = (u.abs() if signed else u).topk(6, dim=1).values.sum(1)
     for values, _ in (whole, parts):
         torch.testing.assert_close((values.abs() if signed else values).sum(1), want)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("d_sae", [4096, 4608, 8192])
+@pytest.mark.parametrize("k", [1, 32, 64])
+def test_selection_in_blocks_of_latents_finds_what_a_search_of_whole_rows_finds(
+    signed: bool, d_sae: int, k: int, monkeypatch
+) -> None:
+    """With a block boundary of rows in the middle, dead latents at the edges of blocks, and half of the rows all equal."""
+    gen = torch.Generator().manual_seed(k)
+    x, w, b = (torch.randn(s, generator=gen) for s in ((20, 8), (d_sae, 8), (d_sae,)))
+    x[10:] = 0  # u is the bias: every row the same
+    width = column_width(d_sae)
+    assert 0 < width < d_sae, "more than one block, or nothing is tested"
+    monkeypatch.setattr(top_products, "CHUNK_BYTES", d_sae * 4 * 13)
+    also = Also(torch.tensor([0, 5, width - 1, width, d_sae - 1]))
+    values, ids = top_pre_activations(x, w, b, k, signed=signed, also=also)
+    u = x @ w.T + b
+    torch.testing.assert_close(values, u.gather(1, ids))
+    size = u.abs() if signed else u
+    torch.testing.assert_close(size.gather(1, ids).sort(1).values, size.topk(k, dim=1).values.sort(1).values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+    assert also.values is not None
+    torch.testing.assert_close(also.values, u[:, also.ids])
+
+
+def test_widths_that_blocks_do_not_divide_are_searched_whole() -> None:
+    """A prime number of latents, and fewer than the search by groups pays for."""
+    assert column_width(4099) == 0
+    x, w, b = torch.randn(6, 8), torch.randn(4099, 8), torch.randn(4099)
+    values, ids = top_pre_activations(x, w, b, 5, signed=False)
+    torch.testing.assert_close(values.sort(1).values, (x @ w.T + b).topk(5, dim=1).values.sort(1).values)
+    assert ids.max() < 4099
 
 
 @pytest.mark.parametrize("signed", [False, True])
