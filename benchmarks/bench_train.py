@@ -11,7 +11,8 @@ step_screened_over_gemm  step with bf16 screening / the same (None where the sta
 gemm_bf16_over_gemm      the bf16 GEMM / the same: what no screened step can go below
 speedup_vs_<peer>        the peer's step / the step as it is by default (screened where that gains); with _exact: / the exact step
 speedup_vs_dense         dense autograd step (scatter, two GEMMs forward, Adam) / the step as it is by default
-curves                   held-out FVU after equal tokens, from each trainer's own start, one learning rate
+curves                   held-out FVU after equal tokens, from each trainer's own start, at its best rate of CURVE_LRS
+curve_lrs                that learning rate
 eight_vs_multisae, data_share, memory_growth_vs_saelens  train_eight.py, train_peers.py
 <preset>_over_gemm       with --varying: the step of an SAE of varying L0, float32
 growth                   with --growth alone: sizes d_sae 4k to 131k and d_model 256 to 2,304, with FLOP and byte bounds
@@ -45,6 +46,7 @@ from saes.sources import Moments
 from saes.trainer import Trainer
 
 D_MODEL, D_SAE, K, BATCH = 576, 16_384, 32, 2_048
+CURVE_LRS = (1e-3, 2e-3, 4e-3, 8e-3)
 DEAD_SHARE = 0.05
 
 
@@ -209,16 +211,16 @@ def beside_peers(x: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         # fewer atoms than latents, fewer at a time than k: something that can be learnt in so few tokens
         learnable = Rows(planted_rows(1024 * (args.curve_steps // 2 + 1), 1024, 16.0, 0.1), Path(folder))
-        say(f"held-out FVU after tokens: d_sae 4096, k {K}, batch 1024, lr 2e-3, one run of each")
+        say(
+            f"held-out FVU after tokens: d_sae 4096, k {K}, batch 1024, the best of {CURVE_LRS} for each trainer"
+        )
         named: dict[str, dict[str, Any]] = {
             "ours-exact": {"screen": "off"},
             "ours-screened": {"screen": "on"},
         }
         named |= {name: {} for name in peer_names(args)}
-        small = job(learnable, d_sae=4096, batch=1024, lr=2e-3, dead=0.0)
-        out: dict[str, Any] = {
-            "curves": curves(named, args.python, args.curve_steps, args.curve_steps // 5, **small)
-        }
+        small = job(learnable, d_sae=4096, batch=1024, dead=0.0)
+        out = curves(named, args.python, args.curve_steps, args.curve_steps // 5, CURVE_LRS, **small)
         rows = Rows(x, Path(folder))
         grown = memory_growth({"ours": {}, "saelens": {}}, args.python, **job(rows))
     say(

@@ -75,18 +75,31 @@ class Rows:
 
 
 def curves(
-    names: dict[str, dict[str, Any]], python: Path, steps: int, every: int, **job: Any
+    names: dict[str, dict[str, Any]],
+    python: Path,
+    steps: int,
+    every: int,
+    lrs: tuple[float, ...],
+    **job: Any,
 ) -> dict[str, Any]:
-    """Held-out FVU after equal tokens of each trainer; `names` maps a name to changes of the job."""
-    out: dict[str, Any] = {}
+    """Held-out FVU after equal tokens of each trainer at its best learning rate; `names` maps a name to changes of the job."""
+    out: dict[str, Any] = {"curves": {}, "curve_lrs": {}}
     for name, more in names.items():
-        peer = Peer(name.split("-")[0], python, **(job | more))
-        out[name] = [
-            (tokens, round(fvu, 4)) for tokens, fvu in peer.ask("train", steps=steps, every=every)["fvu"]
-        ]
-        peer.close()
-        print(f"  {name:<22} " + "  ".join(f"{t // 1000}k {f:.3f}" for t, f in out[name]), flush=True)
+        tried = {
+            lr: _curve(Peer(name.split("-")[0], python, **(job | {"lr": lr} | more)), steps, every)
+            for lr in lrs
+        }
+        best = min(tried, key=lambda lr: tried[lr][-1][1])
+        out["curves"][name], out["curve_lrs"][name] = tried[best], best
+        points = "  ".join(f"{t // 1000}k {f:.3f}" for t, f in tried[best])
+        print(f"  {name:<22} lr {best:.0e}  {points}", flush=True)
     return out
+
+
+def _curve(peer: Peer, steps: int, every: int) -> list[tuple[int, float]]:
+    points = peer.ask("train", steps=steps, every=every)["fvu"]
+    peer.close()
+    return [(tokens, round(fvu, 4)) for tokens, fvu in points]
 
 
 def memory_growth(
