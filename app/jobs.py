@@ -130,8 +130,9 @@ def estimate(
     # weights + gradient + two moments; two windows of the stream; a batch and its gradients; kernel blocks
     window = 2 * 32 * 6 * 2**20
     batch = 6 * config.batch_size * max(d_model, d_out) * 4 + 24 * config.batch_size * max(c.k for c in saes)
-    # a threshold lets half of the latents through at first: five dense tensors of a batch
-    batch += max(0 if c.has_k else 20 * config.batch_size * c.d_sae for c in saes)
+    # a threshold lets half of the latents through at first: eight dense tensors of a batch; AuxK on half of the latents: four
+    dense = [32 * c.d_sae * (not c.has_k) + 8 * c.d_sae * (c.auxk > 0 and c.has_k) for c in saes]
+    batch += config.batch_size * max(dense)
     memory = 16 * parameters + window + batch + 3 * 128 * 2**20 + 4 * largest
     checkpoint = 12 * parameters
     return {

@@ -7,7 +7,8 @@ The cosine of the AIP is the Euclidean one after whitening. The second moment is
 `centred` takes the covariance instead. Everything is summed in float64, a batch at a time, over two halves of the rows,
 so that `angle_change` can say how much of the geometry is the sample's: the total variation between the angle
 histograms of the same rows whitened by one half and by the other. Pairwise angles centre at 90 degrees after whitening for any
-data: that is a check of the estimate, no finding.
+data: that is a check of the estimate, no finding. Rows keep their mean: where S is that of the covariance, E||x~||^2 is
+d_model + mu^T S mu (`mean_square_norm` of the record).
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ class SecondMoment:
             "rows": self.n,
             "ridge": ridge,
             "centred": centred,
+            "mean_square_norm": float((root @ self.moment() @ root).trace()),
             "condition": condition(eigenvalues),
             "condition_ridged": condition(eigenvalues + ridge * eigenvalues.mean()),
             "angle_centre": histogram_median((white[0] + white[1]) / 2),

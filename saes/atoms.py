@@ -120,9 +120,9 @@ def _row(subject: str, metric: str, value: float, n: int, **more: Any) -> Row:
 
 
 def _sample(store: Any, hook: str, split: str, rows: int) -> _Sample:
-    """Every s-th usual row of a split."""
+    """Usual rows of a split, spread evenly over it."""
     stats, mean_norm = store.stats(hook, split=split, skip="first"), store.stats(hook).mean_norm
-    step, first, kept = max(1, stats.n // rows), 0, []
+    step, first, kept = max(1, -(-stats.n // rows)), 0, []
     for batch in store.sequential(hook, batch_size=BATCH_ROWS, split=split, skip="first"):
         x = batch.x[hook].cpu()
         part = x[(-first) % step :: step]

@@ -52,6 +52,18 @@ class _Config:
             )
         return cls(**values)
 
+    def _check_whole(self, least: int, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise UsageError(f"{field} must be a whole number of at least {least}, got {value}")
+
+    def _check_moment(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{field} is a moment of Adam, from 0 to below 1, got {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig(_Config):
@@ -108,7 +120,7 @@ class SAEConfig(_Config):
     gba_every: int = 50
     """gba: steps between two updates of the biases, at most; fewer in runs that are too short for it."""
     gba_events: float = 10.0
-    """gba: a group waits for a window of at least this many rows over its target frequency."""
+    """gba: a group waits for a window of this many rows over its target frequency, but for no more than a twentieth of the run."""
     gba_folds: float = 20.0
     """gba: over the run, head-room can fall by e to this power: runs too short for the gammas take larger ones; 0: never."""
     gba_eps: float = 1e-6
@@ -165,8 +177,9 @@ class SAEConfig(_Config):
                 raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
         if self.encoder_init not in ("auto", "quarter", "scaled", "tied"):
             raise UsageError(f"encoder_init must be auto, quarter, scaled or tied, got {self.encoder_init!r}")
-        if self.k_aux is not None and self.k_aux < 1:
-            raise UsageError(f"k_aux must be at least 1, got {self.k_aux}")
+        self._check_whole(1, "d_sae", "k_aux")
+        self._check_whole(0, "k")
+        self._check_moment("beta1")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.sparsity_warmup <= 1:
@@ -344,9 +357,14 @@ class TrainConfig(_Config):
     """Seconds between two checkpoints."""
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "log_every", "dead_refresh_steps"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"{field} must be at least 1, got {getattr(self, field)}")
+        self._check_whole(1, "steps", "batch_size", "log_every", "dead_refresh_steps", "dead_window_tokens")
+        self._check_whole(0, "warmup_steps", "seed")
+        self._check_moment("beta1", "beta2")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"lr must be above 0, got {self.lr}")
+        for field in ("eps", "grad_clip"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
         row_classes(self.split, self.skip)
         if not 0 <= self.decay_fraction <= 1:
             raise UsageError(f"decay_fraction is a share of the run, got {self.decay_fraction}")

@@ -8,7 +8,7 @@
 
 In between, b stays: p_k bounds the frequency from above, and sum_k M_k p_k bounds L0 once the rule has converged. b_dec
 is the geometric median of the rows and stays; span is the mean norm of a centred row (1 in space `unit`). A window
-holds at least `gba_events` / p_k rows, so rare groups wait longer. Counts and maxima run on; pre-activations are never
+holds `gba_events` / p_k rows (at most a twentieth of the run), so rare groups wait longer. Counts and maxima run on; pre-activations are never
 kept. Time constants: the paper takes gamma = 0.01 every 50 steps over some 200,000; a run too short for that takes
 larger or more frequent steps, so that an over-active latent's head-room can still shrink by e^`gba_folds`. The step of
 a window of W steps is 1 - e^(-rate W).
@@ -150,25 +150,31 @@ class GroupBias:
         del sae.gain
 
     @torch.no_grad()
-    def after_step(self, sae: Any, out: StepOutput, step: int) -> None:
-        """Count the firings of step `step` (0-based), and move the biases of the groups whose window ends with it."""
-        self._observe(out, sae.threshold if self.cfg.activation == "jumprelu" else None)
+    def after_step(self, sae: Any, out: StepOutput, step: int, usual: Tensor) -> None:
+        """Count the firings of step `step` (0-based), and move the biases of the groups whose window ends with it.
+
+        usual: of each row `[B]`, whether it counts. One attention sink of a hundred times the mean norm would be the
+        maximum of most latents and send their biases to the clamp, where its own firings would hold them.
+        """
+        self._observe(out, usual, sae.threshold if self.cfg.activation == "jumprelu" else None)
         if step >= self.rates.stop:
             return
         for k, window in enumerate(self.rates.windows):
             if (step + 1) % window == 0:
                 self._update(sae, k, window * self.batch)
 
-    def _observe(self, out: StepOutput, threshold: Tensor | None) -> None:
+    def _observe(self, out: StepOutput, usual: Tensor, threshold: Tensor | None) -> None:
         """Add a batch to the counts and maxima of y = u - threshold (un-shifted) or y = u (shifted)."""
         if out.indices is None:
             y = out.values if threshold is None else (out.values - threshold)
-            self.counts += (out.values > 0).sum(0)
-            self.peaks = torch.maximum(self.peaks, y.amax(0))
+            self.counts += ((out.values > 0) & usual[:, None]).sum(0)
+            self.peaks = torch.maximum(self.peaks, torch.where(usual[:, None], y, 0.0).amax(0))
             return
+        assert out.offsets is not None, "codes of varying L0 have offsets"
+        counted = usual.repeat_interleave(out.offsets.diff(), output_size=len(out.indices))
         y = out.values if threshold is None else out.values - threshold[out.indices]
-        self.counts += torch.bincount(out.indices, minlength=self.cfg.d_sae)
-        self.peaks.scatter_reduce_(0, out.indices, y, "amax")
+        self.counts.index_add_(0, out.indices, counted.long())
+        self.peaks.scatter_reduce_(0, out.indices, torch.where(counted, y, 0.0), "amax")
 
     def _update(self, sae: Any, k: int, rows: int) -> None:
         at = slice(self.edges[k], self.edges[k + 1])

@@ -36,6 +36,8 @@ class Rows(NamedTuple):
 class RowStream(Protocol):
     """Endless batches with a state from which they go on exactly."""
 
+    rows_per_epoch: int
+
     def __iter__(self) -> Iterator[Rows]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -125,6 +127,7 @@ class RingSource(StoreSource):
 class _StoreRows:
     def __init__(self, inner: Any, hook: str, out_hook: str | None) -> None:
         self._inner, self._hook, self._out = inner, hook, out_hook
+        self.rows_per_epoch: int = inner.rows_per_epoch
 
     def __iter__(self) -> Iterator[Rows]:
         for batch in self._inner:
@@ -194,6 +197,7 @@ class _TensorRows:
     ) -> None:
         self._target = target
         self._x, self._batch, self._seed, self._device = x, cfg.batch_size, cfg.seed, device
+        self.rows_per_epoch = len(x)
         self._epoch, self._offset = int(state["epoch"]), int(state["offset"])
 
     def _order(self, epoch: int) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.errors import UsageError
+from cache.errors import DataError, UsageError
 from saes.activations import training_step, unit_rows
 from saes.aip import AIP
 from saes.config import BATCH_K, SAEConfig, TrainConfig
@@ -89,8 +89,7 @@ class Trainer:
         self.sign_sum = torch.zeros(cfg.d_sae, dtype=torch.float64, device=device)
         self.rows_seen = 0
         self.dead: Dead | None = None
-        self.n_dead = 0
-        self.screen = Screen(enabled=train.screen == "on")
+        self.screen = Screen(enabled=train.screen == "on" and cfg.fixed_k)
         self.eps = 1.0
         self.theta = torch.full((), -1.0, dtype=torch.float64, device=device)
         self._scratch = Scratch()
@@ -101,9 +100,9 @@ class Trainer:
         self._sum_steps = 0
 
     def whiten(self, aip: AIP) -> None:
-        """Train in the space of this AIP, whose rows have E||x||^2 = d_model."""
+        """Train in the space of this AIP: E||x||^2 = d_model, and more where a centred one leaves the rows their mean."""
         self.aip, self._root = aip, aip.root.float().to(self.mean.device)
-        self.sink_norm = SINK_RATIO * math.sqrt(self.cfg.d_model)
+        self.sink_norm = SINK_RATIO * math.sqrt(aip.record.get("mean_square_norm", self.cfg.d_model))
 
     def start(self, sample: Tensor, target: Tensor | None = None) -> None:
         """Initialise from raw rows `[N, d_model]`; decide on screening by a probe where it is `auto`.
@@ -121,6 +120,11 @@ class Trainer:
         if self.cfg.space == "unit":
             self.sae.b_dec.detach().zero_()
         usual = torch.linalg.vector_norm(y, dim=1) <= self.sink_norm
+        if not usual.any():
+            raise DataError(
+                f"every one of the first {len(y):,} rows is more than {SINK_RATIO:g} times as long as the mean row: the first "
+                "rows of this store are not like the rest"
+            )
         if self.bias is not None:
             self.bias.start(self.sae, x[usual])
         self.mean = y[usual].mean(0)
@@ -180,13 +184,13 @@ class Trainer:
         with torch.no_grad():
             w = self._unit_rows
             w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12))
+            usual = torch.linalg.vector_norm(y, dim=1) <= self.sink_norm
             if self.bias is not None:
-                self.bias.after_step(s, out, step)
+                self.bias.after_step(s, out, step, usual)
             elif self.cfg.activation == "jumprelu":
                 s.threshold.clamp_min_(0.0)
             self._track(out, len(x), step)
             fired = (out.values != 0).sum() / len(x)
-            usual = torch.linalg.vector_norm(y, dim=1) <= self.sink_norm
             error = torch.where(usual, terms.errors, 0.0).sum()
             spread = torch.where(usual, ((y - self.mean) ** 2).sum(1), 0.0).sum()
             self._sums += torch.stack([error, spread, terms.auxk, fired, norm, terms.sparsity]).double()
@@ -243,10 +247,13 @@ class Trainer:
             self.nearest = nearest_atoms(self.sae.W_dec)
 
     def refresh_dead(self) -> None:
-        """List the latents that have been silent for the dead window (in rows)."""
-        ids = (self.rows_seen - self.last_fired > self.train.dead_window()).nonzero().flatten()
-        self.n_dead = len(ids)
+        """List the dead latents for AuxK."""
+        ids = self._silent().nonzero().flatten()
         self.dead = Dead(ids, min(self.cfg.aux_width(), len(ids))) if len(ids) else None
+
+    def _silent(self) -> Tensor:
+        """Of each latent: no firing for the dead window (in rows)."""
+        return self.rows_seen - self.last_fired > self.train.dead_window()
 
     @property
     def running_sums(self) -> Tensor:
@@ -260,7 +267,7 @@ class Trainer:
         self._sum_steps = 0
         fvu = error / max(spread, 1e-30)
         means = {"auxk": aux, "l0": l0, "grad_norm": norm, "sparsity": sparsity}
-        return {"fvu": fvu} | means | {"n_dead": float(self.n_dead)}
+        return {"fvu": fvu} | means | {"n_dead": float(self._silent().sum())}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a bit-exact resume needs, by name."""
@@ -317,7 +324,6 @@ class Trainer:
         self.shift = tensors["shift"].to(device).clone()
         self.theta = tensors["theta"].to(device).clone()
         ids = tensors["dead"].to(device).clone()
-        self.n_dead = len(ids)
         self.dead = Dead(ids, min(self.cfg.aux_width(), len(ids))) if len(ids) else None
         self.rows_seen, self._sum_steps = state["rows_seen"], state["sum_steps"]
         self.scale, self.variance, self.eps = state["scale"], state["variance"], state["eps"]

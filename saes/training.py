@@ -273,7 +273,7 @@ def _second_moment(source: Source, config: TrainConfig, device: torch.device) ->
     """Of the first rows of a stream of its own; what comes of it stands in the checkpoints."""
     stream = source.stream(config, None, device)
     try:
-        wanted = estimate_rows(source.d_model, source.moments(config).n)
+        wanted = estimate_rows(source.d_model, stream.rows_per_epoch)
         return second_moment((batch.x for batch in stream), source.d_model, wanted)
     finally:
         stream.close()

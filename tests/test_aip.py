@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,18 @@ def test_the_penalty_pushes_close_atoms_apart() -> None:
         white = torch.nn.functional.normalize(aip.whiten(result.sae.W_dec), dim=1)
         close.append(float((white @ white.T).abs().fill_diagonal_(0).max(1).values.mean()))
     assert close[1] < close[0] - 0.03, close
+
+
+@pytest.mark.parametrize(
+    "config", [threshold_atoms(d_sae=48), topk(d_sae=48, k=4, space="aip")], ids=["atoms", "topk"]
+)
+def test_a_centred_geometry_trains_on_rows_far_from_the_origin(config: SAEConfig) -> None:
+    """Rows keep their mean there, so their norms are nowhere near sqrt(d_model); none of them is an attention sink."""
+    x = torch.randn(4000, D, generator=torch.Generator().manual_seed(0)) + 11.0
+    plan = TrainConfig(steps=60, batch_size=256, lr=3e-3, warmup_steps=5, log_every=20)
+    result = train(x, [replace(config, aip_centred=True)], plan)[0]
+    assert all(t.isfinite().all() for t in result.sae.state_dict().values())
+    error = (x - result.sae(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+    assert result.metrics[-1]["fvu"] == pytest.approx(error.item(), rel=0.25), (
+        "the log says what the SAE does"
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cache.errors import DataError, UsageError
 from saes.aip import SecondMoment
-from saes.atoms import evaluate_atoms, kmeans_atoms
+from saes.atoms import _sample, evaluate_atoms, kmeans_atoms
 from saes.coherence import (
     Coherence,
     coherence,
@@ -29,7 +29,7 @@ from saes.pursuit import basis_pursuit, matching_pursuit, recovers
 from saes.sae import SAE
 from saes.synthetic import make_suite
 from saes.training import train
-from tests.corpora import HOOK, OTHER, empty_store, fill, make_corpus
+from tests.corpora import HOOK, OTHER, empty_store, fill, make_corpus, make_store
 from tests.test_cli import run
 
 
@@ -311,3 +311,14 @@ def test_saes_of_two_hooks_or_an_aip_of_another_width_are_not_measured_on_each_o
     narrow.add(torch.randn(100, 5, generator=gen))
     with pytest.raises(DataError, match="width 5"):
         evaluate_atoms(here, store, aip=narrow.aip())
+
+
+@pytest.mark.parametrize("wanted", [50, 100, 190, 400])
+def test_rows_for_the_controls_come_from_all_of_the_store(wanted: int, tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, [20] * 20, d=4)
+    n = store.stats(HOOK, split="train", skip="first").n
+    part = _sample(store, HOOK, "train", wanted).x
+    x = torch.cat([b.x[HOOK] for b in store.sequential(HOOK, batch_size=64, split="train", skip="first")])
+    at = [int((x == row).all(1).nonzero()[0]) for row in part]
+    assert len(at) <= wanted and len(at) >= min(wanted, n) // 2
+    assert at[-1] >= 0.9 * n and at == sorted(at)

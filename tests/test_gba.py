@@ -92,6 +92,38 @@ def output(values: Tensor, *, dense: bool) -> StepOutput:
     return StepOutput(values, values[at[:, 0], at[:, 1]], at[:, 1], values, offsets)
 
 
+EVERY = torch.ones(64, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_attention_sink_does_not_silence_the_latents_it_fires(form: str, dense: bool) -> None:
+    """The same batch with a row of a hundred times the norm moves biases as it does without it."""
+    cfg = gba(
+        d_sae=6,
+        d_model=3,
+        gba_groups=2,
+        gba_htf=0.5,
+        gba_ltf=0.2,
+        activation=form,
+        gba_every=1,
+        gba_events=0.0,
+    )
+    values = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)).add(0.5)
+    values[:, 3:] *= torch.arange(20)[:, None] % 7 == 0
+    moved, usual = [], EVERY[:20].clone()
+    for sink in (0.0, 300.0):
+        rule, sae = GroupBias(cfg, TrainConfig(steps=100, batch_size=20), CPU), SAE(cfg)
+        set_bias(sae, slice(None), torch.full((6,), -0.3))
+        row = values.clone()
+        row[11] = sink
+        usual[11] = False
+        rule.after_step(sae, output(row, dense=dense), 0, usual)
+        moved.append(bias_of(sae).clone())
+    torch.testing.assert_close(moved[0], moved[1])
+    assert (moved[0][:3] < -0.3).all(), "over-active latents moved, so there was something to disturb"
+
+
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_biases_move_as_the_rule_says(form: str, dense: bool) -> None:
@@ -105,7 +137,7 @@ def test_biases_move_as_the_rule_says(form: str, dense: bool) -> None:
     y = torch.tensor([[2.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0], [1.0, 1.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0],
                       [0.5, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])  # fmt: skip
     values = torch.where(y > 0, y - b if form == "jumprelu" else y, 0.0)
-    rule.after_step(sae, output(values, dense=dense), 0)
+    rule.after_step(sae, output(values, dense=dense), 0, EVERY[: len(values)])
     assert rule.groups.sizes == [4, 4]
     # mean head-room of the first group: (2 + 4 + 3) / 3; of the second: 0.5
     want = [
@@ -138,12 +170,12 @@ def test_a_group_that_never_fired_rises_by_the_mean_room_of_the_others() -> None
     set_bias(sae, slice(None), torch.full((4,), -0.8))
     values = torch.zeros(16, 4)
     values[0, 0] = 2.8
-    rule.after_step(sae, output(values, dense=True), 0)
+    rule.after_step(sae, output(values, dense=True), 0, EVERY[: len(values)])
     torch.testing.assert_close(bias_of(sae), torch.tensor([-0.8, -0.6, -0.6, -0.6]))
     alone, sae = GroupBias(cfg, config, CPU), SAE(cfg)
     alone.span = 3.0
     set_bias(sae, slice(None), torch.full((4,), -0.8))
-    alone.after_step(sae, output(values * 0, dense=True), 0)
+    alone.after_step(sae, output(values * 0, dense=True), 0, EVERY[: len(values)])
     torch.testing.assert_close(bias_of(sae), torch.full((4,), -0.8 + 0.1 * 3.0))
 
 

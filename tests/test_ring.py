@@ -342,3 +342,20 @@ def test_a_ring_gives_up_the_shard_that_is_needed_last() -> None:
         for shard, use in enumerate(order.next_uses(key).tolist()):
             first = next(w for w in windows if shard in order.shards(w))
             assert use == (first[0] - key[0]) * order.n_windows + first[1]
+
+
+def test_a_geometry_of_wide_rows_is_estimated_from_as_many_rows_as_a_ring_will_give(
+    ring_store: ActivationStore, make_ring, tmp_path: Path
+) -> None:
+    """Not from its first window, which holds too few of them."""
+    plan = TrainConfig(steps=2, batch_size=32)
+    with make_ring(1000) as ring:
+        assert ring.stats(POST).n < 640 < ring_store.stats(POST).n, (
+            "ten rows a dimension: only the whole ring has them"
+        )
+        result = train(ring, [presets.threshold_atoms(d_sae=64)], plan, hook=POST, workspace=tmp_path)[0]
+    stored = train(
+        ring_store, [presets.threshold_atoms(d_sae=64)], plan, hook=POST, workspace=tmp_path / "b"
+    )[0]
+    rows = [json.loads((r.path / "aip.json").read_text())["rows"] for r in (result, stored)]
+    assert rows[0] == rows[1]

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cache.errors import DataError, UsageError
-from saes import training
+from saes import presets, training
 from saes.config import SAEConfig, TrainConfig
 from saes.initialise import geometric_median
 from saes.presets import abs_topk, batch_abs_topk, batch_topk, jumprelu, relu_l1, topk
@@ -383,3 +384,49 @@ def test_run_without_a_workspace_leaves_no_files(tmp_path: Path, monkeypatch) ->
 def test_moments_of_a_tensor_are_the_closed_form() -> None:
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
     assert TensorSource(x).moments(TrainConfig()) == Moments(2, 2.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [presets.relu_l1(d_sae=64, l1=40.0), presets.topk(d_sae=64, k=2, auxk=0.0)],
+    ids=["relu", "topk"],
+)
+def test_silent_latents_are_counted_in_the_log_without_auxk_too(config: SAEConfig) -> None:
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 3:] *= 0.01
+    result = train(
+        x, [config], TrainConfig(steps=200, batch_size=256, lr=1e-2, warmup_steps=5, log_every=200)
+    )[0]
+    fires = (result.sae.encode(x).dense(64) != 0).any(0)
+    assert (~fires).sum() > 5, "the setting leaves latents silent, or nothing is tested"
+    assert abs(result.metrics[-1]["n_dead"] - int((~fires).sum())) <= 3, (
+        "of the last window; the rows are the same"
+    )
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"lr": -1.0}, {"lr": 0.0}, {"beta1": 1.5}, {"beta2": 1.0}, {"eps": -1.0}, {"grad_clip": -1.0}, {"steps": 10.5},
+     {"dead_window_tokens": -5}, {"dead_window_tokens": 0}, {"warmup_steps": -1}, {"seed": -1}, {"batch_size": True}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_train_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        TrainConfig(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"k": 4.5}, {"d_sae": 64.0}, {"beta1": 1.0}, {"k_aux": 0}], ids=str)
+def test_settings_of_an_sae_that_cannot_be_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        SAEConfig(**({"d_sae": 64, "k": 4} | bad))
+
+
+def test_screening_asked_for_is_on_only_where_there_is_something_to_screen() -> None:
+    """Elsewhere it would make AuxK's products coarse with no audit to end it."""
+    x = torch.randn(256, 8)
+    for name, on in (("topk", True), ("abs_topk", True), ("batch_topk", False), ("matryoshka", False)):
+        config = TrainConfig(steps=10, batch_size=32, screen="on")
+        trainer = Trainer(
+            getattr(presets, name)(d_sae=64, k=4, d_model=8), config, Moments(256, 1.0), x.device
+        )
+        assert trainer.screen.enabled is on
