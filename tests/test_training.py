@@ -105,8 +105,7 @@ def test_dead_latents_are_revived_by_auxk() -> None:
         stream = iter(source.stream(config, None, CPU))
         for step in range(400):
             t.step(next(stream).x, step)
-        t.refresh_dead()
-        return t.n_dead
+        return int(t.metrics()["n_dead"])
 
     assert dead_after(0.0) >= 90
     assert dead_after(1.0) < 60
@@ -125,7 +124,7 @@ def test_a_silent_latent_is_dead_and_a_selected_zero_is_not_a_firing() -> None:
         t.sae.b_enc -= 1e4
     for step in range(3):
         t.step(x[:256], step)
-    assert t.n_dead == 40
+    assert t.metrics()["n_dead"] == 40
 
 
 @pytest.mark.parametrize("preset", [topk, abs_topk])
