@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import pandas as pd
 
+from app.lookup import saved_saes
 from cache.catalog import connect
 from cache.errors import DataError
 
@@ -27,10 +28,11 @@ class Catalogue(NamedTuple):
 
 
 _SAES = """
-SELECT r.*, m.fvu AS train_fvu, m.n_dead
+SELECT r.*, m.fvu AS train_fvu, m.l0 AS train_l0, m.n_dead
 FROM runs r
 LEFT JOIN (
-  SELECT run, sae, arg_max(fvu, step) AS fvu, arg_max(n_dead, step) AS n_dead FROM metrics GROUP BY run, sae
+  SELECT run, sae, arg_max(fvu, step) AS fvu, arg_max(l0, step) AS l0, arg_max(n_dead, step) AS n_dead
+  FROM metrics GROUP BY run, sae
 ) m ON m.run = r.run AND r.sae LIKE m.sae || '-%'
 ORDER BY r.created DESC, r.sae
 """
@@ -45,31 +47,60 @@ FROM evaluations WHERE NOT ends_with(metric, '_count') ORDER BY created DESC, sa
 """
 
 
+_HELDOUT = """
+SELECT sae_id, arg_max(value, created) FILTER (metric = 'fvu') AS fvu, arg_max(value, created) FILTER (metric = 'l0') AS l0
+FROM evaluations WHERE subject = 'sae' GROUP BY sae_id
+"""
+
+
 def read_catalogue(workspace: Path) -> Catalogue:
     """Read it as it is now. Raises MissingDataError without a workspace, DataError on a damaged file."""
+    saes, stores, corpora, measures = _ask(workspace, _SAES, "SELECT * FROM stores", _CORPORA, _MEASURES)
+    return Catalogue(saes, stores, corpora, measures, folder_bytes(workspace))
+
+
+def read_saes(workspace: Path) -> list[dict[str, Any]]:
+    """One row per SAE of a run, the newest first: what `Catalogue.saes` holds, its sae_id and its newest evaluation.
+
+    sae_id is None before the SAE is saved; heldout_fvu and heldout_l0 are None where it is not evaluated.
+    """
+    saes, heldout = _ask(workspace, _SAES, _HELDOUT)
+    ids = {(s.run, s.name): s.sae_id for s in saved_saes(workspace)}
+    measured = {m["sae_id"]: m for m in _records(heldout)}
+    rows = []
+    for r in _records(saes):
+        sae_id = ids.get((r["run"], r["sae"])) or None
+        kept = {f"heldout_{m}": measured.get(sae_id, {}).get(m) for m in ("fvu", "l0")}
+        rows.append(r | {"sae_id": sae_id, "evaluated": sae_id in measured} | kept)
+    return rows
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of Python values; what is not known is None."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
+def _ask(workspace: Path, *queries: str) -> list[pd.DataFrame]:
     con = connect(workspace)
     try:
-        saes, stores, corpora, measures = (
-            con.execute(sql).df() for sql in (_SAES, "SELECT * FROM stores", _CORPORA, _MEASURES)
-        )
+        return [con.execute(sql).df() for sql in queries]
     except duckdb.Error as e:
         raise DataError(
             f"the workspace cannot be read ({str(e).splitlines()[0]}): check it with `atomscope doctor`"
         ) from e
     finally:
         con.close()
-    return Catalogue(saes, stores, corpora, measures, folder_bytes(workspace))
 
 
 _CURVES = """
-SELECT r.run || ' / ' || r.sae AS name, r.status, m.* EXCLUDE (run, sae)
+SELECT r.run || ' / ' || r.sae AS name, r.status, r.problem, m.* EXCLUDE (run, sae)
 FROM metrics m JOIN runs r ON r.run = m.run AND r.sae LIKE m.sae || '-%'
 ORDER BY r.created DESC, name, m.step
 """
 
 
 def read_curves(workspace: Path) -> pd.DataFrame:
-    """Every logged point, newest run first: name, status, step, tokens, lr, fvu, auxk, l0, grad_norm, n_dead, rate."""
+    """Every logged point, newest run first: name, status, problem, step, tokens, lr, fvu, auxk, l0, grad_norm, n_dead, rate."""
     con = connect(workspace)
     try:
         return con.execute(_CURVES).df()

@@ -16,7 +16,7 @@ import typer
 
 from app import analysis_commands, attribution_commands, data_commands, jobs, sweep, training_data
 from app.label_commands import labels
-from app.lookup import AsJson, Workspace, emit, open_store, sae_folder
+from app.lookup import AsJson, Workspace, emit, open_store, sae_folder, sae_id_of
 from app.sae_commands import open_command, sae
 from app.store_commands import store
 from cache.errors import AtomscopeError, UsageError
@@ -116,7 +116,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr}
     job["train"] = (job.get("train") or {}) | {key: v for key, v in given.items() if v is not None}
     jobs.override(job, assign or [])
-    expanded = sweep.expand(job)
+    budget_asked, expanded = sweep.memory_budget(memory_gb), sweep.expand(job)
     data = (
         training_data.stored(store_name, hook, workspace, out_hook)
         if on_the_fly is None
@@ -124,25 +124,25 @@ def train(
             on_the_fly, model, hook, workspace, disk_gb=disk_gb, window=window, out_hook=out_hook
         )
     )
+    # latest is looked up once: the next start, and the next run of a sweep, would find another one
     start = None if warm_start is None else sae_folder(warm_start, workspace)
-    runs, budget = sweep.plan(expanded, data.d_model, data.d_out, memory_gb and memory_gb * 1e9)
+    if start is not None and warm_start == "latest":
+        print(
+            f"warm start from {start}: the same again with --warm-start {sae_id_of(start)}", file=sys.stderr
+        )
+    where: dict[str, Any] = {"hook": data.hook, "out_hook": data.out_hook, "warm_start": start}
+    # a dry run makes no ring, so it does not know what such a ring has begun
+    source = None if dry_run and on_the_fly is not None else data.open()
+    begun = None if source is None else sweep.begun(expanded, source, budget_asked is not None, **where)
+    runs, budget = sweep.plan(expanded, data.d_model, data.d_out, budget_asked, begun)
     described = data.described | ({} if start is None else {"warm_start": str(start)})
     if dry_run:
         print(sweep.described(runs, described, data.disk_bytes, as_json))
         return
     for line in sweep.before(runs, budget):
         print(line, file=sys.stderr)
-    from saes import train as run
-
-    source = data.open()
-    where: dict[str, Any] = {
-        "hook": data.hook,
-        "out_hook": data.out_hook,
-        "warm_start": start,
-        "wandb": wandb,
-    }
-    results = [result for r in runs for result in run(source, r.saes, r.schedule, **where)]
-    if on_the_fly is not None:
+    results, failed = sweep.train_all(runs, source, **where, wandb=wandb)
+    if source is not None and on_the_fly is not None:
         source.remove()
     rows = [{"path": str(r.path), "sae_id": r.sae.sae_id, **r.metrics[-1]} for r in results]
     emit(
@@ -150,6 +150,7 @@ def train(
         as_json,
         "\n".join(f"{r['path']}  fvu {r['fvu']:.4f}  l0 {r['l0']:.1f}  dead {r['n_dead']:.0f}" for r in rows),
     )
+    sweep.check(failed, len(results))
 
 
 @app.command()

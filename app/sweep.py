@@ -4,24 +4,29 @@ grid: {k: [16, 32, 64], lr: [4.0e-4, 8.0e-4], train.seed: [0, 1]}
 
 Every entry of `saes:` is taken with every combination. Fields of an SAE (its learning rate `lr` among them) share one pass
 over the data; fields of the run, written `train.<field>`, change what a batch is, so each combination of them is a run.
-An SAE is named for what varies beside k, d_sae and preset.
+An SAE is named for what varies beside k, d_sae and preset. Runs that an earlier start of the job has begun keep their SAEs
+(saes/started.py); memory decides about the others only.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from app import jobs
-from cache.errors import UsageError
+from cache.errors import DataError, UsageError
 from saes.config import SAEConfig, TrainConfig
 
 SHARE = 0.8
 """Of the memory that is free when a sweep starts, what its runs may take."""
 IN_LABEL = ("k", "d_sae", "preset", "name")
+OWN = ("lr", "beta1")
+"""Fields of the run that an SAE may have of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +43,30 @@ def plan(
     d_model: int,
     d_out: int = 0,
     budget: float | None = None,
+    begun: list[list[list[int]]] | None = None,
 ) -> tuple[list[Run], float]:
     """What `expand` gave as runs, each within `budget` bytes where its SAEs one by one are; and the budget in use.
 
-    budget: default SHARE of the free memory.
+    budget: default SHARE of the free memory. begun: for each of `expanded`, the places of SAEs that stay together.
     """
-    budget = budget or SHARE * free_memory()
-    runs = [
-        Run(saes=group, schedule=schedule, need=_need(group, schedule, d_model, d_out))
-        for saes, schedule in expanded
-        for group in _groups(saes, schedule, d_model, d_out, budget)
-    ]
+    budget = SHARE * free_memory() if budget is None else budget
+    runs = []
+    for (saes, schedule), kept in zip(expanded, begun or [[]] * len(expanded), strict=True):
+        rest = [i for i in range(len(saes)) if not any(i in places for places in kept)]
+        grouped = _groups(rest, saes, schedule, d_model, d_out, budget)
+        for places in sorted([*kept, *grouped], key=min):
+            group = [saes[i] for i in places]
+            runs.append(Run(saes=group, schedule=schedule, need=_need(group, schedule, d_model, d_out)))
     return runs, budget
+
+
+def memory_budget(gigabytes: float | None) -> float | None:
+    """Bytes of --memory-gb; None where memory is looked up."""
+    if gigabytes is not None and not gigabytes > 0:
+        raise UsageError(
+            f"--memory-gb must be above 0, got {gigabytes:g}: leave it out for {SHARE} of what is free"
+        )
+    return None if gigabytes is None else gigabytes * 1e9
 
 
 def expand(job: dict[str, Any]) -> list[tuple[list[SAEConfig], TrainConfig]]:
@@ -64,10 +81,18 @@ def expand(job: dict[str, Any]) -> list[tuple[list[SAEConfig], TrainConfig]]:
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         jobs.resolve(job)  # says what is wrong
     varied = [_entry(e, point) for e in entries for point in _points(of_sae)]
-    return [
+    runs = [
         jobs.resolve(job | {"saes": varied, "train": (job.get("train") or {}) | point})
         for point in _points(of_run)
     ]
+    for field in (f for f in OWN if f in of_run):
+        hidden = [s.label for s in runs[0][0] if getattr(s, field) is not None]
+        if hidden:
+            raise UsageError(
+                f"the grid has train.{field}, but {hidden[0]} has its own: an SAE's own {field} hides train.{field}, and it "
+                f"would be trained {len(of_run[field])} times the same: name one of them"
+            )
+    return runs
 
 
 def _checked(grid: Any) -> dict[str, list[Any]]:
@@ -75,7 +100,23 @@ def _checked(grid: Any) -> dict[str, list[Any]]:
         return {}
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
         raise UsageError("grid must map fields to lists of values, for example grid: {k: [16, 32, 64]}")
+    for field, values in grid.items():
+        seen: set[str] = set()
+        for value in values:
+            if (key := _key(value)) in seen:
+                raise UsageError(
+                    f"the grid names {field} {value} twice: the same SAEs would be trained twice"
+                )
+            seen.add(key)
     return grid
+
+
+def _key(value: Any) -> str:
+    """Equal for values that a field takes for the same: 4, 4.0 and the text 4e0."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return repr(float(value))
+    return json.dumps(value, default=str)
 
 
 def _points(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -101,21 +142,61 @@ def _short(value: Any) -> str:
 
 
 def _groups(
-    saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int, budget: float
-) -> list[list[SAEConfig]]:
-    """In order, as many as fit at a time; one that does not fit alone is a group of its own."""
-    groups: list[list[SAEConfig]] = []
-    for sae in saes:
-        grown = [*groups[-1], sae] if groups else [sae]
-        if groups and _need(grown, schedule, d_model, d_out)["memory_bytes"] <= budget:
+    places: list[int], saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int, budget: float
+) -> list[list[int]]:
+    """Places in order, as many as fit at a time; an SAE that does not fit alone is a group of its own."""
+    groups: list[list[int]] = []
+    for i in places:
+        grown = [*groups[-1], i] if groups else [i]
+        need = _need([saes[j] for j in grown], schedule, d_model, d_out)
+        if groups and need["memory_bytes"] <= budget:
             groups[-1] = grown
         else:
-            groups.append([sae])
+            groups.append([i])
     return groups
 
 
 def _need(saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int) -> dict[str, float]:
     return jobs.estimate(saes, schedule, d_model, d_model * 2, d_out)
+
+
+def begun(
+    expanded: list[tuple[list[SAEConfig], TrainConfig]], data: Any, asked: bool, **where: Any
+) -> list[list[list[int]]]:
+    """For `plan`: what earlier starts have begun. asked: --memory-gb is given, so runs with nothing to lose are regrouped."""
+    from saes.started import started_groups
+
+    return [started_groups(data, saes, schedule, worth=asked, **where) for saes, schedule in expanded]
+
+
+def train_all(runs: list[Run], data: Any, **where: Any) -> tuple[list[Any], list[str]]:
+    """Results of the SAEs that were trained, and why the others were not: one that diverges costs no other.
+
+    where: what `saes.train` takes besides. Raises its error where there is one run and all of it has diverged.
+    """
+    from saes import train
+    from saes.runs import Diverged
+
+    results, failed = [], []
+    for run in runs:
+        try:
+            found = train(data, run.saes, run.schedule, **where)
+        except Diverged as e:
+            if len(runs) == 1:
+                raise
+            print(f"{e}; the next run starts", file=sys.stderr, flush=True)
+            failed += e.reasons
+            continue
+        results += [r for r in found if r.failed is None]
+        failed += [r.failed for r in found if r.failed is not None]
+    return results, failed
+
+
+def check(failed: list[str], trained: int) -> None:
+    """End the command with an error that names the SAEs that diverged, once the others are saved and printed."""
+    if failed:
+        kept = "the others are saved" if trained else "none is left"
+        raise DataError(f"{len(failed)} of {len(failed) + trained} SAEs failed, {kept}: {'; '.join(failed)}")
 
 
 def before(runs: list[Run], budget: float) -> list[str]:

@@ -76,17 +76,18 @@ def tmp_root(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, exclusive: bool = False) -> Iterator[bool]:
+def locked(folder: Path, *, exclusive: bool = False, without: bool = False) -> Iterator[bool]:
     """Hold a lock on a folder while in the block: many writers share it, an exclusive one is alone or gets False.
 
-    Where the file system has no locks, writers go on without one.
+    Where the file system has no locks, writers go on without one; `without`: an exclusive one too.
     """
     fd = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
-        except OSError:
-            yield not exclusive
+        except OSError as e:
+            held = isinstance(e, BlockingIOError)
+            yield not exclusive or (without and not held)
             return
         yield True
     finally:

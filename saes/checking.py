@@ -147,7 +147,11 @@ def _card_off(sae: SAE, l0: float, fvu: float, stated_l0: float | None) -> list[
     out = []
     if l0 == 0:
         out.append("no latent fires on any row")
-    elif stated_l0 and not sae.cfg.fixed_k and not 1 / L0_OFF <= l0 / stated_l0 <= L0_OFF:
+    elif (
+        stated_l0
+        and (sae.conventions.l0 or not sae.cfg.fixed_k)
+        and not 1 / L0_OFF <= l0 / stated_l0 <= L0_OFF
+    ):
         out.append(f"L0 is {l0:.1f}, stated is {stated_l0:.1f}")
     if fvu >= 1:
         out.append(f"FVU is {fvu:.3g}: the mean row alone does better")

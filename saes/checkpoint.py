@@ -75,6 +75,12 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     return Checkpoint(state["step"], state["stream"], saes)
 
 
+def latest_step(run: Path) -> int:
+    """Step of the newest checkpoint of a run, 0 without one."""
+    folders = _folders(run)
+    return folders[-1][0] if folders else 0
+
+
 def finished_checkpoints(workspace: Path) -> list[Path]:
     """`checkpoints` folders of runs that have finished: a run removes its own, unless it is killed just then."""
     found = []

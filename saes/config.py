@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -51,6 +52,13 @@ class _Config:
                 f"{cls.__name__} has no field {', '.join(unknown)}: known are {', '.join(sorted(known))}"
             )
         return cls(**values)
+
+    def _check_numbers(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            kind, _, optional = f.type.partition(" | ")
+            value, word = getattr(self, f.name), {"int": "whole number", "float": "number"}.get(kind)
+            if word and not isinstance(value, int | float) and not (optional and value is None):
+                raise UsageError(f"{f.name} must be a {word}, got {value!r}")
 
     def _check_whole(self, least: int, *fields: str) -> None:
         for field in fields:
@@ -162,11 +170,12 @@ class SAEConfig(_Config):
     """Short name for folders and plots; empty: made from activation, d_sae and k."""
 
     def __post_init__(self) -> None:
-        if self.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,60}", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"([\w-][\w.-]{0,60})?", self.name, re.ASCII):
             raise UsageError(
-                f"name {self.name!r} becomes a folder: use letters, digits, dots, dashes, underscores"
+                f"name {self.name!r} becomes a folder: give text of letters, digits, dots, dashes, underscores"
             )
-        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
+        self._check_numbers()
+        self._check_prefixes()
         if self.activation not in ACTIVATIONS:
             raise UsageError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.space not in SPACES:
@@ -184,7 +193,7 @@ class SAEConfig(_Config):
             raise UsageError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.sparsity_warmup <= 1:
             raise UsageError(f"sparsity_warmup is a share of the run, got {self.sparsity_warmup}")
-        if self.bandwidth <= 0:
+        if not 0 < self.bandwidth < math.inf:
             raise UsageError(f"bandwidth must be above 0 or no threshold moves, got {self.bandwidth}")
         if self.data not in ("any", "fast"):
             raise UsageError(f"data is any or fast, got {self.data!r}")
@@ -195,14 +204,19 @@ class SAEConfig(_Config):
         self._check_gba()
         self._check_combination()
 
+    def _check_prefixes(self) -> None:
+        given = self.matryoshka
+        found = tuple(given) if isinstance(given, Iterable) else (None,)
+        if not all(isinstance(width, int) for width in found):
+            raise UsageError(f"matryoshka must be a list of whole numbers, as in [256, 1024], got {given!r}")
+        object.__setattr__(self, "matryoshka", found)
+
     def _fill_l1(self) -> None:
         """Turn an l1 of None into its number as soon as the width is known."""
         if self.l1 is None and self.activation not in TERMS["l1"]:
             raise UsageError(f"l1 is for {', '.join(TERMS['l1'])}, not for {self.activation}: leave it out")
         if self.l1 is None and self.space == "raw":
-            raise UsageError(
-                "rows of space raw may have any norm: give l1 a number, or train in scalar space"
-            )
+            raise UsageError("rows of space raw may have any norm: give l1 a number, or use scalar space")
         if self.l1 is None and self.width_out:
             norm = 1.0 if self.space == "unit" else math.sqrt(self.width_out)
             object.__setattr__(self, "l1", L1_OF_NORM * norm)
@@ -237,9 +251,7 @@ class SAEConfig(_Config):
         if terms:
             raise UsageError(f"bias_rule gba has no sparsity or auxiliary term: leave out {', '.join(terms)}")
         if self.out_hook or self.d_out:
-            raise UsageError(
-                "bias_rule gba ties decoder and encoder, a transcoder cannot: leave out_hook out"
-            )
+            raise UsageError("bias_rule gba ties decoder and encoder, a transcoder cannot: no out_hook")
         if self.gba_groups > self.d_sae:
             raise UsageError(
                 f"gba_groups={self.gba_groups} is more than the {self.d_sae} latents: take fewer groups"
@@ -256,10 +268,6 @@ class SAEConfig(_Config):
                 raise UsageError(f"{term} is for {', '.join(kinds)}, not for {self.activation}: leave it out")
         if self.l0_target and not self.l0:
             raise UsageError("l0_target needs l0, the weight of its term")
-        if self.space in ("aip", "unit") and (self.out_hook or self.d_out):
-            raise UsageError(
-                f"space {self.space} is for rows that are reconstructed: no out_hook, or use scalar"
-            )
         rising = all(a < b for a, b in zip((0, *self.matryoshka), (*self.matryoshka, self.d_sae)))
         if not rising:
             raise UsageError(
@@ -357,6 +365,7 @@ class TrainConfig(_Config):
     """Seconds between two checkpoints."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         self._check_whole(1, "steps", "batch_size", "log_every", "dead_refresh_steps", "dead_window_tokens")
         self._check_whole(0, "warmup_steps", "seed")
         self._check_moment("beta1", "beta2")

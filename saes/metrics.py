@@ -8,7 +8,10 @@ bias  = sum ||x_hat||^2 / sum <x, x_hat>    relative reconstruction bias: 1 wher
     fvu_usual: fvu without rows of more than SINK_RATIO times the mean norm. Attention sinks outside position 0 are rare
     (one row in ten thousand of SmolLM2) but hold most of the variance where they occur, and flatter the plain fvu.
 
-Intervals (95 %) resample contexts: the tokens of one context are not independent.
+Intervals (95 %) resample contexts: the tokens of one context are not independent. The spread in them is that about the
+same x_mean, so that value and interval are of one quantity: with s_c = sum of x - ref over context c and m = x_mean,
+sum_c ||x - m||^2 = sum_c ||x - ref||^2 - 2 <m - ref, s_c> + n_c ||m - ref||^2. Where s_c of all contexts would take more
+than GROUP_BYTES, contexts are resampled in groups (context i in the order seen belongs to group i mod their number).
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from saes.codes import Codes
 
 SINK_RATIO = 10.0
 BOOTSTRAP = 1000
+GROUP_BYTES = 64 << 20
+"""Memory that the sums of a `Reconstruction`'s contexts may take: 3,600 of d_model 2,304, 14,000 of 576."""
 _SUMS = ("n", "error", "square", "spread", "cos", "ratio", "square_hat", "dot", "l0", "l1")
 _RATIOS = {
     "fvu": ("error", "spread"), "mse": ("error", "n"), "nmse": ("error", "square"), "cos": ("cos", "n"),
@@ -46,16 +51,28 @@ def bootstrap(
 class Reconstruction:
     """Sums over rows of x and x_hat; `add` batches, then read `values()`, and `intervals()` where contexts were given.
 
-    reference: the mean about which intervals of fvu measure the spread (values use the mean of the rows themselves).
+    reference: any vector near the mean of the rows, from which sums are taken so that they keep their digits; results do
+    not depend on it.
     """
 
     def __init__(self, d_model: int, reference: Tensor | None = None) -> None:
         self.n = 0
-        self._reference = torch.zeros(d_model) if reference is None else reference.detach().double().cpu()
-        self._sum = torch.zeros(d_model, dtype=torch.float64)
+        zeros = torch.zeros(d_model, dtype=torch.float64)
+        self._reference = zeros if reference is None else reference.detach().double().cpu()
+        self._sum = zeros.clone()
+        """Of x - reference."""
         self._totals = np.zeros(len(_SUMS))
-        self._contexts: dict[int, np.ndarray] = {}
+        self._group: dict[int, int] = {}
+        """Of each context seen."""
+        most = max(2, GROUP_BYTES // (8 * (d_model + len(_SUMS))))
+        # pages of zeros that no context has touched take no memory
+        self._sums, self._shift = np.zeros((most, len(_SUMS))), torch.from_numpy(np.zeros((most, d_model)))
         self._has_codes = False
+
+    @property
+    def groups(self) -> int:
+        """Parts that intervals resample: contexts, or groups of them."""
+        return min(len(self._group), len(self._sums))
 
     def add(
         self,
@@ -71,30 +88,40 @@ class Reconstruction:
         if codes is not None:
             self._has_codes = True
             l0, l1 = codes.l0().double().cpu(), l1_norms(codes).cpu()
+        shift = x - self._reference
         columns = (
-            torch.ones_like(norm), ((x - x_hat) ** 2).sum(1), norm**2, ((x - self._reference) ** 2).sum(1),
+            torch.ones_like(norm), ((x - x_hat) ** 2).sum(1), norm**2, (shift**2).sum(1),
             dot / (norm * norm_hat).clamp_min(1e-30), norm_hat / norm.clamp_min(1e-30), norm_hat**2, dot, l0, l1,
         )  # fmt: skip
         rows = torch.stack(columns, dim=1).numpy()
         self.n += len(x)
-        self._sum += x.sum(0)
+        self._sum += shift.sum(0)
         self._totals += rows.sum(0)
-        if context is not None:
-            ids, inverse = np.unique(context, return_inverse=True)
-            for i, c in enumerate(ids.tolist()):
-                self._contexts[c] = self._contexts.get(c, 0) + rows[inverse == i].sum(0)
+        if context is not None and len(x):
+            groups = self._groups_of(context)
+            np.add.at(self._sums, groups, rows)
+            self._shift.index_add_(0, torch.from_numpy(groups), shift)
+
+    def _groups_of(self, context: np.ndarray) -> np.ndarray:
+        """Group of each row, int64 `[B]`; contexts that were not seen before get the next ones."""
+        ids, inverse = np.unique(context, return_inverse=True)
+        found = [self._group.setdefault(c, len(self._group) % len(self._sums)) for c in ids.tolist()]
+        return np.array(found, dtype=np.int64)[inverse]
 
     def values(self) -> dict[str, float]:
         """fvu, mse (summed over d_model), nmse, cos, norm_ratio, bias, and l0 and l1 where codes were given."""
         total = dict(zip(_SUMS, self._totals.tolist(), strict=True))
-        total["spread"] = total["square"] - (self._sum**2).sum().item() / max(self.n, 1)
+        total["spread"] -= (self._sum**2).sum().item() / max(self.n, 1)
         return {m: total[a] / float(_no_zeros(np.asarray(total[b]))) for m, (a, b) in self._metrics().items()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % interval of each metric over contexts; none from fewer than two contexts."""
-        if len(self._contexts) < 2:
+        if self.groups < 2:
             return {}
-        sums, at = np.stack(list(self._contexts.values())), {name: i for i, name in enumerate(_SUMS)}
+        sums, at = self._sums[: self.groups].copy(), {name: i for i, name in enumerate(_SUMS)}
+        mean = self._sum / self.n
+        about = sums[:, at["spread"]] - 2 * (self._shift[: self.groups] @ mean).numpy()
+        sums[:, at["spread"]] = about + sums[:, at["n"]] * (mean**2).sum().item()
         return {
             m: bootstrap(sums, lambda t, a=a, b=b: t[:, at[a]] / _no_zeros(t[:, at[b]]))  # type: ignore[misc]
             for m, (a, b) in self._metrics().items()

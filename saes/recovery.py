@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cache.errors import DataError
 from saes.compare import unit_rows
 
 TAU = 0.9
@@ -147,8 +148,10 @@ def recovery_scores(sae: Any, suite: Any, *, tau: float = TAU, map: Any = None) 
 
     On signed suites or with signed SAEs cosines are |cos| and antipodal features are axes. A one-sided SAE on a signed
     suite counts for an axis by its better ray; its support is judged against rays. `map` `[d, d]` is applied to the
-    rows of both dictionaries first (a whitening in which cosines are to be taken).
+    rows of both dictionaries first (a whitening in which cosines are to be taken). Raises DataError for a transcoder, and
+    for an SAE of another width than the rows.
     """
+    _check(sae, suite)
     suite = suite.as_axes() if sae.cfg.signed else suite
     signed = sae.cfg.signed or suite.config.signed
     z = _codes(sae, suite.x)
@@ -173,6 +176,21 @@ def recovery_scores(sae: Any, suite: Any, *, tau: float = TAU, map: Any = None) 
         "fvu": float((error**2).sum() / ((x - x.mean(0)) ** 2).sum()), "l0": float((z != 0).sum(1).mean()),
         "true_l0": float(_array(suite.supports).sum(1).mean()),
     }  # fmt: skip
+
+
+def _check(sae: Any, suite: Any) -> None:
+    cfg = getattr(sae, "cfg", None)
+    if cfg is None or not hasattr(sae, "encode"):
+        raise DataError(f"recovery_scores takes an SAE, got {type(sae).__name__}: SAE.load(folder)")
+    if not hasattr(suite, "as_axes"):
+        raise DataError(f"recovery_scores takes a suite, got {type(suite).__name__}: make_suite(name, seed)")
+    if cfg.transcoder:
+        raise DataError("a transcoder's decoder holds other activations than the suite's rows: score an SAE")
+    if cfg.d_model != suite.V.shape[1]:
+        raise DataError(
+            f"the SAE has d_model={cfg.d_model}, the rows of suite {suite.config.name} have {suite.V.shape[1]}: "
+            "train one on suite.x"
+        )
 
 
 def _codes(sae: Any, x: Any) -> np.ndarray:

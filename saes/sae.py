@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Codes:
         """Codes of x `[..., d_model]` (leading axes flattened to rows): values float32 and indices int32, `[B, k]` for
-        topk and abs_topk, flat with offsets for the rest (`saes.activations` has the rules).
+        topk and abs_topk, flat with offsets for the rest (`saes.activations` has the rules). x may be a numpy array.
 
         Differentiable where x or a parameter asks for gradients. Raises DataError on a wrong width.
         """
@@ -61,16 +62,35 @@ class SAE(nn.Module):
         """What is subtracted from the input: b_dec, or zeros `[d_model]` in a transcoder."""
         return self.W_enc.new_zeros(self.cfg.d_model) if self.cfg.transcoder else self.b_dec
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction `[B, d_model]` (transcoder: `[B, d_out]`) of codes; rows with no activation give b_dec."""
+    def decode(self, codes: Codes | Tensor) -> Tensor:
+        """Reconstruction `[B, d_model]` (transcoder: `[B, d_out]`) of codes; rows with no activation give b_dec.
+
+        Dense activations `[..., d_sae]` are taken too, and keep their leading axes.
+        """
+        if not isinstance(codes, Codes):
+            return self._dense(codes) @ self.W_dec + self.b_dec
         return decode_rows(codes.values, codes.indices, self.W_dec, codes.offsets) + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction with the shape of x; a transcoder's output has d_out in the last place."""
         return self.decode(self.encode(x)).view(*x.shape[:-1], self.cfg.width_out)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.cfg.d_model:
+    def _dense(self, z: Any) -> Tensor:
+        z = as_tensor(z)
+        if not isinstance(z, Tensor) or z.shape[-1:] != (self.cfg.d_sae,):
+            got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise DataError(f"decode takes Codes, or a tensor [..., d_sae={self.cfg.d_sae}], got {got}")
+        return z.to(self.W_dec)
+
+    def _rows(self, x: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            x = as_tensor(x)
+            if not isinstance(x, Tensor):
+                raise DataError(
+                    f"this SAE takes a tensor [..., d_model={self.cfg.d_model}], got {type(x).__name__}: torch.as_tensor(x)"
+                )
+            x = x.to(self.W_enc.device)
+        if x.shape[-1:] != (self.cfg.d_model,):
             raise DataError(
                 f"this SAE takes activations of width d_model={self.cfg.d_model} (hook {self.cfg.hook or 'unknown'}), "
                 f"got shape {tuple(x.shape)}: use the model and hook it was trained on"
@@ -115,8 +135,17 @@ class SAE(nn.Module):
         that leave it out.
         """
         from saes.foreign.loading import load
+        from saes.sources import known_device
 
-        return load(cls, reference, device=device, norm_factor=norm_factor)
+        return load(cls, reference, device=known_device(device), norm_factor=norm_factor)
+
+
+def as_tensor(x: Any) -> Any:
+    """A numpy array of numbers as a tensor, float64 or float32; anything else as it is."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiub":
+        return x
+    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    return torch.from_numpy(np.require(x, dtype, ["C", "W"]))
 
 
 @torch.no_grad()

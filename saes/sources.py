@@ -8,15 +8,16 @@ same token's activation at another hook, or the same row of a second tensor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cache.errors import DataError
-from saes.config import TrainConfig
+from cache.errors import DataError, UsageError
+from saes.config import SAEConfig, TrainConfig
+from saes.sae import as_tensor
 
 
 class Moments(NamedTuple):
@@ -144,15 +145,23 @@ class _StoreRows:
 
 @dataclass
 class TensorSource:
-    """Rows of a tensor `[N, d_model]` in memory, and of a target `[N, d_out]`, for notebooks and tests."""
+    """Rows of a tensor `[N, d_model]` in memory, and of a target `[N, d_out]`, for notebooks and tests.
+
+    `hook` and `out_hook` say where they are from, if anyone knows: the SAEs keep it.
+    """
 
     x: Tensor
     target: Tensor | None = None
+    hook: str = ""
+    out_hook: str = ""
 
     def __post_init__(self) -> None:
         self.x = _checked(self.x, "training rows")
         self.d_model = self.x.shape[1]
-        self.provenance = {"store": f"tensor-{_digest(self.x)}", "hook": "", "model": "", "model_sha": ""}
+        name = f"tensor-{_digest(self.x)}"
+        self.provenance = {"store": name, "hook": self.hook, "model": "", "model_sha": ""}
+        if self.out_hook:
+            self.provenance["out_hook"] = self.out_hook
         self.d_out = 0
         if self.target is not None:
             self.target = _checked(self.target, "targets")
@@ -171,6 +180,67 @@ class TensorSource:
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         return _TensorRows(self.x, self.target, cfg, state or {"epoch": 0, "offset": 0}, device)
+
+
+def tensor_source(data: Any, hook: str | None, out_hook: str | None) -> TensorSource | None:
+    """Rows of a tensor or array, or of two (x, target); None for a store or ring. Raises UsageError for anything else."""
+    if isinstance(data, list):
+        raise UsageError(
+            "train takes one tensor, got a list: torch.cat(data) for SAEs, or a tuple (x, target) for transcoders"
+        )
+    given = tuple(as_tensor(x) for x in (data if isinstance(data, tuple) else (data,)))
+    if not isinstance(data, tuple) and not isinstance(given[0], Tensor):
+        if hasattr(data, "hooks") and hasattr(data, "stream"):
+            return None
+        raise UsageError(
+            f"train takes a store (harvest, ActivationStore.open), a ring, or a tensor [N, d_model] of numbers, "
+            f"got {type(data).__name__}"
+        )
+    wrong = [type(x).__name__ for x in given if not isinstance(x, Tensor)]
+    if wrong:
+        raise UsageError(f"train takes two tensors (x, target) for transcoders, got {wrong[0]} among them")
+    if len(given) > 2 or not given:
+        raise UsageError(f"{len(given)} tensors were given: one trains SAEs, two (x, target) transcoders")
+    if out_hook and (len(given) == 1 or not hook):
+        missing = "give two tensors (x, target)" if len(given) == 1 else "give hook= as well, where x is from"
+        raise UsageError(f"out_hook names where the targets of a transcoder are from: {missing}")
+    if out_hook and out_hook == hook:
+        raise UsageError(f"out_hook is the input's own hook {hook}: leave it out to train SAEs")
+    return TensorSource(given[0], given[1] if len(given) == 2 else None, hook or "", out_hook or "")
+
+
+def training_arguments(
+    saes: Any, config: Any, device: Any
+) -> tuple[list[SAEConfig], TrainConfig, torch.device | None]:
+    """What `train` was given beside its data: a list of configs, how to train, and where. Raises UsageError."""
+    saes = [saes] if isinstance(saes, SAEConfig) else saes
+    listed = isinstance(saes, Sequence) and not isinstance(saes, str)
+    wrong = [type(c).__name__ for c in (saes if listed else [saes]) if not isinstance(c, SAEConfig)]
+    if wrong or not len(saes):
+        got = f", got {wrong[0]}" if wrong else ""
+        raise UsageError(
+            f"train needs at least one SAEConfig, for example presets.topk(d_sae=4096, k=32){got}"
+        )
+    if config is not None and not isinstance(config, TrainConfig):
+        given = config if isinstance(config, dict) else {"steps": 1000}
+        wanted = f"TrainConfig({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+        raise UsageError(f"the third argument is a TrainConfig, got {type(config).__name__}: write {wanted}")
+    return list(saes), config or TrainConfig(), None if device is None else known_device(device)
+
+
+def known_device(device: Any) -> torch.device:
+    """A device that torch knows and this machine has. Raises UsageError."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise UsageError(f"device {device!r} is not one of torch's: cpu, cuda, cuda:1, mps") from e
+    there = {
+        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(found.type, True):
+        raise UsageError(f"torch finds no device {found} on this machine: leave device out, or take cpu")
+    return found
 
 
 def _checked(x: Tensor, what: str) -> Tensor:

@@ -9,20 +9,25 @@ At a hook with activation x and codes z = encode(x) the model goes on with
 A transcoder is attached at the hook that it predicts: y there goes on as y + D(edit(z)) - D(z), or as D(edit(z)), with
 z = encode(x) of the hook that it reads, earlier in the same pass. Its codes stand under the hook where it is attached.
 
+One line on stderr tells where an SAE is attached at another hook than it was trained at.
+
 Position 0 of the context (the attention sink, norm a hundred times the rest) is passed on untouched where an SAE was
 not trained on it, which is so unless its conventions say otherwise. Tokens that continue a key-value cache are spliced.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cache.errors import DataError
+from cache.errors import DataError, UsageError
 from saes.codes import Codes
 from saes.sae import SAE
 
@@ -124,40 +129,27 @@ def _skips(sae: SAE) -> bool:
 
 @contextmanager
 def attach(
-    model: Any, saes: Mapping[str, SAE], *, error: ErrorTerm = True, skip_first: bool | None = None
+    model: Any, saes: Mapping[str, SAE] | SAE, *, error: ErrorTerm = True, skip_first: bool | None = None
 ) -> Iterator[Attached]:
     """Splice SAEs into `model` at their hooks while the block runs; transcoders at their out_hook.
 
-    `model` is a `cache.LanguageModel`, a `ModuleModel`, or a plain Hugging Face model, which is then called as ever
-    (`model(input_ids)`, `model.generate(...)`). `skip_first` None: position 0 as the conventions of each SAE say.
+    `saes` is `{hook: sae}`, or one SAE, which goes to the hook it was trained at. `model` is a `cache.LanguageModel`, a
+    `ModuleModel`, or a plain Hugging Face model, which is then called as ever (`model(input_ids)`,
+    `model.generate(...)`). `skip_first` None: position 0 as the conventions of each SAE say.
     Raises UsageError for an unknown hook and DataError where an SAE's width is not the hook's; a pass over rows that
     are padded on the left raises DataError where position 0 is left out.
     """
+    saes = _by_hook(saes)
+    if error not in (True, False, "detached"):
+        raise UsageError(f"error is True, False or 'detached', got {error!r}")
     if not hasattr(model, "hooked"):
         from cache.plain_model import PlainModel
 
         model = PlainModel(model)
     for hook, sae in saes.items():
-        cfg = sae.cfg
-        if cfg.transcoder and (not cfg.hook or hook == cfg.hook or (cfg.out_hook and hook != cfg.out_hook)):
-            raise DataError(
-                f"a transcoder from {cfg.hook or 'an unnamed hook'} to {cfg.out_hook or 'an unnamed hook'} cannot be "
-                f"attached at {hook}: attach it at the hook that it predicts"
-            )
-        model.check_hook(hook)
-        want, got = sae.cfg.model_sha, model.identity.get("weights_sha256")
-        if want and got and want != got:
-            raise DataError(
-                f"the SAE was trained on other weights ({want[:12]}) than {model.name} has ({got[:12]}): load that model"
-            )
-        if cfg.transcoder:
-            model.check_hook(cfg.hook)
-        for place, width in ((hook, cfg.width_out), (cfg.hook if cfg.transcoder else hook, cfg.d_model)):
-            if model.d_hook(place) != width:
-                raise DataError(
-                    f"the SAE has d_model={cfg.d_model}{f', d_out={cfg.d_out}' if cfg.transcoder else ''}, {place} of "
-                    f"{model.name} has {model.d_hook(place)}: attach it to the hook it was trained on"
-                )
+        _check_place(model, hook, sae)
+        if sae.cfg.hook and not sae.cfg.transcoder and _place(sae.cfg.hook) != _place(hook):
+            misplaced(sae.cfg.hook, hook)
     attached = Attached(saes, error, skip_first)
 
     def at(hook: str) -> Callable[[Tensor], Tensor | None]:
@@ -167,6 +159,65 @@ def attach(
     edits = {hook: at(hook) for hook in dict.fromkeys([*saes, *read])}
     with _watching_cache(getattr(model, "hf", None), attached), model.hooked(edits):
         yield attached
+
+
+def _by_hook(saes: Any) -> dict[str, SAE]:
+    """What `attach` was given, as SAEs by their hooks."""
+    if isinstance(saes, SAE):
+        hook = saes.cfg.out_hook if saes.cfg.transcoder else saes.cfg.hook
+        if not hook:
+            raise UsageError("the SAE does not say where it belongs: attach(model, {hook: sae})")
+        return {hook: saes}
+    if isinstance(saes, str) or not isinstance(saes, Mapping):
+        raise UsageError(
+            f"attach takes {{hook: sae}} or one SAE, got {type(saes).__name__}: load it first, with SAE.load(folder)"
+        )
+    for hook, sae in saes.items():
+        if not isinstance(sae, SAE):
+            raise UsageError(
+                f"at {hook} stands {sae!r:.60}, not an SAE: load it first, with SAE.load(folder)"
+            )
+    return dict(saes)
+
+
+def _check_place(model: Any, hook: str, sae: SAE) -> None:
+    """Refuse a hook, weights or a width that are not those of the SAE."""
+    cfg = sae.cfg
+    if cfg.transcoder and (not cfg.hook or hook == cfg.hook or (cfg.out_hook and hook != cfg.out_hook)):
+        raise DataError(
+            f"a transcoder from {cfg.hook or 'an unnamed hook'} to {cfg.out_hook or 'an unnamed hook'} cannot be "
+            f"attached at {hook}: attach it at the hook that it predicts"
+        )
+    model.check_hook(hook)
+    want, got = cfg.model_sha, model.identity.get("weights_sha256")
+    if want and got and want != got:
+        raise DataError(
+            f"the SAE was trained on other weights ({want[:12]}) than {model.name} has ({got[:12]}): load that model"
+        )
+    if cfg.transcoder:
+        model.check_hook(cfg.hook)
+    for place, width in ((hook, cfg.width_out), (cfg.hook if cfg.transcoder else hook, cfg.d_model)):
+        if model.d_hook(place) != width:
+            raise DataError(
+                f"the SAE has d_model={cfg.d_model}{f', d_out={cfg.d_out}' if cfg.transcoder else ''}, {place} of "
+                f"{model.name} has {model.d_hook(place)}: attach it to the hook it was trained on"
+            )
+
+
+def _place(hook: str) -> str:
+    """One name for the residual stream between two blocks, which has two."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook)
+    return f"blocks.{int(found[1]) + 1}.hook_resid_pre" if found else hook
+
+
+@cache
+def misplaced(trained: str, hook: str) -> None:
+    """Say it once a process: people do this on purpose, in loops."""
+    print(
+        f"attach: an SAE trained at {trained} is spliced at {hook}; its own place is attach(model, sae)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -123,15 +124,20 @@ def make_suite(
     n: int | None = None,
     d: int | None = None,
 ) -> Suite:
-    """Rows of suite `name`; `noise`, `bias` and another size (S10 has none) are variants of it."""
+    """Rows of suite `name`; `noise`, `bias` and another size (S10 has none) are variants of it.
+
+    Raises UsageError for an unknown suite, no rows, a noise that is not a standard deviation, or too few features.
+    """
     if name not in SUITES:
         raise UsageError(f"suite {name!r} is not one of {', '.join(SUITES)}")
     base, law = SUITES[name]
-    if name == "S10" and (n or d):
+    if name == "S10" and (n is not None or d is not None):
         raise UsageError("S10 has one size: its dictionary is a Hadamard matrix beside the identity")
+    n, d = base.n if n is None else n, base.d if d is None else d
     cfg = dataclasses.replace(
-        base, name=name, seed=seed, draw=draw, n_rows=n_rows, noise=noise, bias=bias, n=n or base.n, d=d or base.d
-    )  # fmt: skip
+        base, name=name, seed=seed, draw=draw, n_rows=n_rows, noise=noise, bias=bias, n=n, d=d
+    )
+    _check(cfg)
     made, rows = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2, draw])
     v, extra = _dictionary(cfg, made)
     drawn = law(cfg, made, rows)
@@ -144,6 +150,23 @@ def make_suite(
         x = x + noise * rows.standard_normal(x.shape)
     tensors = {key: torch.from_numpy(a.astype(np.float32)) for key, a in (("x", x), ("V", v), ("H", h))}
     return Suite(**tensors, config=cfg, **extra, **drawn.extra, **more)
+
+
+def _check(cfg: SuiteConfig) -> None:
+    """Refuse what would give no rows, NaN, or a law that cannot be drawn from."""
+    for field, least in (("n_rows", 1), ("seed", 0), ("draw", 0), ("n", 1), ("d", 1)):
+        value = getattr(cfg, field)
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise UsageError(f"{field}={value!r} must be a whole number of at least {least}")
+    for field in ("noise", "bias"):
+        value = getattr(cfg, field)
+        if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+            raise UsageError(f"{field}={value!r} must be a finite number of at least 0")
+    least = {"S2": 41, "S2-rows": 21, "S5": 2 * cfg.l0 + 2}.get(cfg.name, cfg.l0 + 1)
+    parts = {"S5": 2, "S6": 5}.get(cfg.name, 1)
+    if cfg.n < least or cfg.n % parts:
+        many = f" in multiples of {parts}" if parts > 1 else ""
+        raise UsageError(f"suite {cfg.name} cannot be made of n={cfg.n} features: at least {least}{many}")
 
 
 # ---- dictionaries ----

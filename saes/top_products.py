@@ -85,8 +85,8 @@ def top_pre_activations(
     for i in range(0, rows, block):
         part, at = xc[i : i + block], slice(i, i + block)
         if width:
-            u = _product_by_columns(part, w_enc, b_enc, width, signed, scratch, also, i, rows)
-            values[at], indices[at] = largest_by_groups(*u, k, signed=signed)
+            blocks, maxima = _product_by_columns(part, w_enc, b_enc, width, signed, scratch, also, i, rows)
+            values[at], indices[at] = largest_by_groups(blocks, maxima, k, signed=signed)
             continue
         u = scratch.get("u", (len(part), d_sae), xc.dtype, xc.device)
         torch.addmm(b_enc, part, w_enc.T, out=u)

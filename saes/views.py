@@ -17,7 +17,7 @@ from saes.queries import PROXIES_RECORD
 _RUNS = {
     "run": "VARCHAR", "sae": "VARCHAR", "status": "VARCHAR", "activation": "VARCHAR", "d_sae": "INTEGER",
     "k": "INTEGER", "hook": "VARCHAR", "model": "VARCHAR", "store": "VARCHAR", "steps": "BIGINT", "tokens": "BIGINT",
-    "seed": "INTEGER", "created": "VARCHAR",
+    "seed": "INTEGER", "created": "VARCHAR", "problem": "VARCHAR",
 }  # fmt: skip
 _METRICS = {
     "run": "VARCHAR", "sae": "BIGINT", "step": "BIGINT", "tokens": "BIGINT", "lr": "DOUBLE", "rate": "DOUBLE",
@@ -84,9 +84,11 @@ def _runs(workspace: Path) -> list[dict[str, Any]]:
             r = read_json(path)
         except AtomscopeError:
             continue
+        lost = {f["sae"]: f["why"] for f in r.get("failed", [])}
         for name, cfg in zip(r["saes"], r["configs"], strict=True):
             out.append({
-                "run": path.parent.name, "sae": name, "status": r["status"], "activation": cfg["activation"],
+                "run": path.parent.name, "sae": name, "status": "failed" if name in lost else r["status"],
+                "problem": lost.get(name, r.get("problem", "")), "activation": cfg["activation"],
                 "d_sae": cfg["d_sae"], "k": cfg["k"], "hook": cfg["hook"], "model": cfg["model"],
                 "store": r["data"]["store"], "steps": r["train"]["steps"], "tokens": r["tokens"],
                 "seed": r["train"]["seed"], "created": r["provenance"]["created"],

@@ -28,7 +28,13 @@ def wandb_log(project: str | None, name: str, record: dict[str, Any]) -> Iterato
         import wandb
     except ImportError as e:
         raise UsageError("wandb is not installed: pip install 'atomscope[wandb]', or leave it out") from e
-    run = wandb.init(project=project, name=name, id=name, resume="allow", config=record)
+    try:
+        run = wandb.init(project=project, name=name, id=name, resume="allow", config=record)
+    except wandb.Error as e:
+        reason = " ".join(str(e).split())
+        raise UsageError(
+            f"W&B does not start ({reason}): `wandb login` first, WANDB_MODE=offline to keep it in ./wandb, or leave it out"
+        ) from e
     names = record["saes"]
 
     def listen(row: dict[str, Any]) -> None:

@@ -214,6 +214,27 @@ def test_home_lists_measures_beside_their_controls(tiny_workspace, monkeypatch) 
         assert word in page, word
 
 
+def test_a_failed_run_is_shown_as_failed_and_not_as_interrupted(tmp_path, monkeypatch) -> None:
+    from cache.errors import DataError
+    from saes import TrainConfig, presets, train
+    from tests.corpora import make_store
+
+    store, _ = make_store(tmp_path, d=8)
+    job = TrainConfig(steps=12, batch_size=16, log_every=1, warmup_steps=0, grad_clip=0, screen="off")
+    good = presets.topk(d_sae=32, k=2, lr=1e-3, name="good")
+    bad = presets.topk(d_sae=32, k=2, lr=1e30, name="bad")
+    train(store, [good, bad], job)
+    with pytest.raises(DataError):
+        train(store, [bad], job)
+    home = words(open_page("home", tmp_path, monkeypatch))
+    assert home.count("Failed: ") == 2 and home.count("of SAE bad: lower lr") == 2
+    assert "goes on where it was" not in home
+    curves = open_page("curves", tmp_path, monkeypatch)
+    names = curves.multiselect(key="run").options
+    shown = words(checked(curves.multiselect(key="run").set_value(names).run()))
+    assert "Failed: " in shown and "1-bad: " in shown and "interrupted" not in shown
+
+
 @pytest.mark.parametrize("page", MODEL_PAGES)
 def test_a_model_that_is_not_there_gives_one_line(page, tiny_workspace, tmp_path, monkeypatch) -> None:
     at = open_page(page, tiny_workspace.path, monkeypatch)

@@ -216,6 +216,10 @@ def test_every_subject_stands_beside_the_sae_with_what_it_is_compared_by(measure
     assert ("atoms:tight-frame", "q_star") in have and ("atoms:random", "l1_recovery") in have
     # orthogonal in the AIP by construction
     assert result.value("q_star", "atoms:pca") == 1.0
+    known = [r for r in result.rows if r["ci_low"] is not None]
+    assert {r["metric"] for r in known} >= {"r2_train", "r2_heldout", "r2_all_heldout", "l1_recovery"}
+    for r in known:
+        assert r["ci_low"] - 1e-9 <= r["value"] <= r["ci_high"] + 1e-9, r
 
 
 def test_the_measures_are_those_of_the_definitions(measured) -> None:

@@ -16,10 +16,11 @@ from saes.codes import Codes
 from saes.config import SAEConfig
 from saes.conventions import Conventions
 from saes.sae import SAE
-from saes.splice import Attached, attach
+from saes.splice import Attached, attach, misplaced
 from tests.tiny import tiny_tokenizer
 
 D, VOCAB = 32, 60
+MLP_OUT = "blocks.0.hook_mlp_out"
 
 
 def make_model(family: str) -> Any:
@@ -251,4 +252,51 @@ def test_wrong_hooks_widths_and_modules_are_one_line(hf) -> None:
         pytest.raises(UsageError, match="load_module"),
         attach(torch.nn.Linear(3, 3), {hook: make_sae(hook)}),
     ):
+        pass
+
+
+def test_an_sae_spliced_where_it_was_not_trained_says_so_in_one_line(hf, capsys) -> None:
+    trained, other = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+    sae = make_sae(trained)
+    misplaced.cache_clear()
+    for hook in (trained, "blocks.1.hook_resid_pre"):  # two names of one place
+        with attach(hf, {hook: sae}):
+            pass
+    with attach(hf, {other: make_sae("")}):
+        pass
+    assert capsys.readouterr().err == ""
+    for _ in range(3):  # a loop over prompts says it once
+        with attach(hf, {other: sae}), torch.no_grad():
+            hf(tokens())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and trained in lines[0] and other in lines[0]
+
+
+def test_an_sae_alone_is_spliced_at_its_own_hook(hf) -> None:
+    sae = make_sae("blocks.1.hook_resid_pre")
+    with torch.no_grad(), attach(hf, sae) as a:
+        hf(tokens())
+    assert list(a.codes) == ["blocks.1.hook_resid_pre"]
+    transcoder = SAE(
+        SAEConfig(d_sae=8, k=2, d_model=D, d_out=D, hook="blocks.0.mlp.hook_in", out_hook=MLP_OUT)
+    )
+    with torch.no_grad(), attach(hf, transcoder) as a:
+        hf(tokens())
+    assert list(a.codes) == [MLP_OUT]
+
+
+@pytest.mark.parametrize(
+    ("saes", "words"),
+    [
+        ({"blocks.0.hook_resid_post": "latest"}, "SAE.load"),
+        ("latest", "SAE.load"),
+        ([SAE(SAEConfig(d_sae=8, k=2, d_model=D))], r"\{hook: sae\}"),
+        (SAE(SAEConfig(d_sae=8, k=2, d_model=D)), "does not say where"),
+    ],
+)
+def test_what_cannot_be_attached_is_one_line(hf, saes: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as e, attach(hf, saes):
+        pass
+    assert "\n" not in str(e.value)
+    with pytest.raises(UsageError, match="detached"), attach(hf, {}, error="detach"):  # type: ignore[arg-type]
         pass

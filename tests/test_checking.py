@@ -113,6 +113,14 @@ def test_an_l0_or_fvu_off_the_card_and_other_text_are_said(space) -> None:
         assert words in said, said
 
 
+def test_a_wrong_stated_l0_of_an_sae_with_a_fixed_k_is_said(space) -> None:
+    store, sae, _ = space
+    sae.conventions = Conventions(prepend_bos=False, l0=2.5 * K)
+    assert any(f"L0 is {K:.1f}, stated is {2.5 * K:.1f}" in w for w in check(sae, store).warnings)
+    sae.conventions = Conventions(prepend_bos=False)
+    assert check(sae, store).warnings == ()  # k states no L0 of its own: fewer than k may be positive
+
+
 def test_a_store_of_another_width_is_refused(space) -> None:
     store, _, _ = space
     with pytest.raises(DataError, match="d_model"):

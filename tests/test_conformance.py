@@ -21,6 +21,7 @@ from saes.kernels import Dead
 from saes.objectives import loss_terms
 from saes.presets import PRESETS
 from saes.sae import SAE, fold_input_scale
+from saes.sources import TensorSource
 from saes.trainer import Trainer
 from saes.training import train
 
@@ -381,7 +382,7 @@ def test_a_killed_run_of_every_preset_goes_on_bit_for_bit(small, tmp_path: Path,
 def test_steps_keep_decoder_rows_unit_and_thresholds_at_or_above_zero(preset: str, small) -> None:
     cfg = PRESETS[preset](d_sae=64, d_model=24, **SMALL[preset])
     config = TrainConfig(steps=30, batch_size=100, screen="off", lr=0.05, warmup_steps=1)
-    t = Trainer(cfg, config, training.TensorSource(small).moments(config), torch.device("cpu"))
+    t = Trainer(cfg, config, TensorSource(small).moments(config), torch.device("cpu"))
     if cfg.space == "aip":
         with pytest.raises(UsageError, match="whiten before start"):
             t.start(small)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import saes.metrics
 from saes.codes import Codes
 from saes.config import SAEConfig
 from saes.evaluation import evaluate
@@ -110,6 +111,59 @@ def test_an_interval_does_not_depend_on_how_rows_were_batched() -> None:
     for metric, interval in whole.intervals().items():
         assert interval == pytest.approx(parts.intervals()[metric]), metric
         assert interval[0] <= whole.values()[metric] <= interval[1], metric
+
+
+SHIFTS = ("none", "reference", "all", "a tenth of the contexts")
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("n_contexts", [3, 40])
+@pytest.mark.parametrize("kind", ["shrunk", "noisy", "mean"])
+def test_no_metric_lies_outside_its_own_interval(shift: str, n_contexts: int, kind: str) -> None:
+    x, context = torch.randn(2000, 16), np.arange(2000) * n_contexts // 2000
+    if shift == "all":
+        x += 3.0
+    if shift == "a tenth of the contexts":
+        x[torch.from_numpy(context) < max(1, n_contexts // 10)] += 3.0
+    x_hat = {"shrunk": 0.3 * x, "noisy": x + torch.randn(2000, 16), "mean": x.mean(0).expand_as(x)}[kind]
+    codes = Codes(torch.randn(2000, 4).relu(), torch.arange(4).expand(2000, 4).int())
+    r = Reconstruction(16, torch.full((16,), 0.4) if shift == "reference" else None)
+    r.add(x, x_hat, codes, context)
+    values, intervals = r.values(), r.intervals()
+    assert set(values) == set(intervals)
+    for metric, (low, high) in intervals.items():
+        tiny = 1e-9 * abs(values[metric])
+        assert low - tiny <= values[metric] <= high + tiny, (metric, low, values[metric], high)
+
+
+def test_the_interval_of_fvu_does_not_depend_on_the_reference() -> None:
+    """By hand: errors over the spread about the mean of all rows, of resampled contexts."""
+    x, context = torch.randn(600, 5).double() * 2 + 1, np.repeat(np.arange(30), 20)
+    x_hat = x + torch.randn(600, 5)
+    spread = ((x - x.mean(0)) ** 2).sum(1).view(30, 20).sum(1)
+    error = ((x - x_hat) ** 2).sum(1).view(30, 20).sum(1)
+    want = bootstrap(torch.stack([error, spread], 1).numpy(), lambda t: t[..., 0] / t[..., 1])
+    for reference in (None, x.mean(0), torch.full((5,), 40.0)):
+        r = Reconstruction(5, reference)
+        r.add(x, x_hat, None, context)
+        assert r.intervals()["fvu"] == pytest.approx(want, rel=1e-9)
+        assert r.values()["fvu"] == pytest.approx((error.sum() / spread.sum()).item(), rel=1e-9)
+
+
+def test_many_short_contexts_do_not_fill_the_memory_and_keep_their_interval(monkeypatch) -> None:
+    x = torch.randn(3000, 4) + 2
+    x_hat, got = x + 0.5 * torch.randn(3000, 4), []
+    for size in (saes.metrics.GROUP_BYTES, (4 + 10) * 8 * 300):
+        monkeypatch.setattr(saes.metrics, "GROUP_BYTES", size)
+        r = Reconstruction(4)
+        for i in range(0, 3000, 500):
+            r.add(x[i : i + 500], x_hat[i : i + 500], None, np.arange(i, i + 500) // 2 + 7)
+        got.append((r.groups, r.values(), r.intervals()))
+    (many, values, wide), (few, same, near) = got
+    assert (many, few) == (1500, 300) and values == same
+    for metric, (low, high) in near.items():
+        assert low <= values[metric] <= high
+        assert high - low == pytest.approx(wide[metric][1] - wide[metric][0], rel=0.25), metric
 
 
 def test_bootstrap_of_equal_contexts_is_a_point() -> None:
@@ -227,9 +281,8 @@ def test_every_row_of_the_list_is_in_an_evaluation(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert np.isfinite(table.loc[metric, "sae"]), metric
     assert np.isfinite(table.loc["l1", "untrained"]) and np.isfinite(table.loc["bias", "pca-3"])
-    rows = [
-        r
-        for r in evaluate(sae, store).rows
-        if r["metric"] in ("fvu", "cos", "l1", "bias") and r["subject"] == "sae"
-    ]
-    assert len(rows) == 4 and all(r["ci_low"] <= r["value"] <= r["ci_high"] for r in rows)
+    rows = [r for r in evaluate(sae, store, token_classes=True).rows if r["ci_low"] is not None]
+    assert {"fvu", "fvu_usual", "cos", "l1", "bias", "nmse@content"} <= {r["metric"] for r in rows}
+    for r in rows:
+        tiny = 1e-9 * abs(r["value"])
+        assert r["ci_low"] - tiny <= r["value"] <= r["ci_high"] + tiny, r

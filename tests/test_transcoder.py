@@ -159,9 +159,12 @@ def store(tmp_path_factory: pytest.TempPathFactory):
     return made
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("gba", "threshold_atoms")])
+_OF_PRESET: dict = {"relu_l1": {"l1": 0.1}, "threshold_atoms": {"space": "scalar"}}
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "gba"])
 def test_every_preset_trains_as_a_transcoder_and_comes_back_folded(preset: str, store) -> None:
-    more = {"k": 3} if "top" in preset or preset == "matryoshka" else {"relu_l1": {"l1": 0.1}}.get(preset, {})
+    more = {"k": 3} if "top" in preset or preset == "matryoshka" else _OF_PRESET.get(preset, {})
     config = TrainConfig(steps=60, batch_size=64, lr=3e-3, log_every=20, screen="off")
     result = train(store, [PRESETS[preset](d_sae=24, **more)], config, hook=HOOK, out_hook=OTHER)[0]
     sae = result.sae

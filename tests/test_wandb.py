@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 from pathlib import Path
@@ -32,6 +33,7 @@ def runs(monkeypatch) -> list[FakeRun]:
     made: list[FakeRun] = []
     fake = types.ModuleType("wandb")
     fake.init = lambda **arguments: made.append(FakeRun(**arguments)) or made[-1]  # type: ignore[attr-defined]
+    fake.Error = type("Error", (Exception,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return made
 
@@ -72,3 +74,29 @@ def test_a_missing_library_is_one_line_with_the_command(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"pip install 'atomscope\[wandb\]'"):
         train(rows(), [presets.topk(d_sae=32, k=2)], CONFIG, wandb="lab")
+
+
+def test_a_missing_login_is_one_line_with_the_ways_out(runs, monkeypatch, tmp_path: Path) -> None:
+    wandb = sys.modules["wandb"]
+
+    def refuse(**_: Any) -> None:
+        raise type("AuthenticationError", (wandb.Error,), {})("No API key\nconfigured.")  # type: ignore[name-defined]
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UsageError, match=r"No API key configured.*wandb login.*WANDB_MODE=offline") as e:
+        train(rows(), [presets.topk(d_sae=32, k=2)], CONFIG, workspace=tmp_path, wandb="lab")
+    assert "\n" not in str(e.value)
+
+
+def test_the_library_itself_without_a_login_is_one_line(monkeypatch, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from saes.wandb_log import wandb_log
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal: it asks nothing
+    with pytest.raises(UsageError, match="wandb login"), wandb_log("lab", "run", {"saes": ["0-a"]}):
+        pass

@@ -49,6 +49,9 @@ def panels(names: list[str], x: str) -> None:
     running = sorted(set(frame.loc[frame["status"] == "running", "name"]))
     if running:
         state.muted(f"Running or interrupted: {', '.join(running)}. The same command goes on with it.")
+    failed = frame[frame["status"] == "failed"].drop_duplicates("name")
+    for name, problem in zip(failed["name"], failed["problem"], strict=True):
+        state.muted(f"Failed: {name}: {problem}")
     state.muted(f"{len(frame):,} logged points, {len(names)} of the SAEs")
 
 

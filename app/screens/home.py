@@ -56,6 +56,9 @@ def saes(c: Catalogue) -> None:
     st.html(figures.table(names, rows, text=5))
     if "running" in set(c.saes["status"]):
         state.muted("A run that is not finished goes on where it was when the same command is given again.")
+    failed = c.saes[c.saes["status"] == "failed"].drop_duplicates(["run", "problem"])
+    for r in failed.to_dict("records"):
+        state.muted(f"Failed: {r['run']}: {r['problem']}")
 
 
 def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:

@@ -16,20 +16,27 @@ from saes.foreign import dictionary_learning, loading
 from saes.sae import SAE
 
 
-def convert(reference: str | Path, out: str | Path, *, norm_factor: float | None = None) -> SAE:
+def convert(
+    reference: str | Path,
+    out: str | Path,
+    *,
+    norm_factor: float | None = None,
+    workspace: str | Path | None = None,
+) -> SAE:
     """Write the SAE at a folder or "release:id" to the folder `out` in SAELens's layout, and return it.
 
+    `workspace` may hold a mirror.
     Raises UsageError where `out` holds something, DataError for a pickle that is more than tensors.
     """
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty: give a new folder")
-    folder, card = loading.located(reference, norm_factor=norm_factor)
+    folder, card = loading.located(reference, norm_factor=norm_factor, workspace=workspace)
     if loading.format_of(folder) == "dictionary_learning":
         found = dictionary_learning.from_tensors(open_pickle(folder / "ae.pt"), folder, card)
         sae = loading.built(SAE, found, "dictionary_learning", card)
     else:
-        sae = SAE.load(reference, norm_factor=norm_factor)
+        sae = loading.load(SAE, reference, norm_factor=norm_factor, workspace=workspace)
     sae.save(target)
     return sae
 

@@ -58,7 +58,22 @@ def located(
 
 def format_of(folder: Path) -> str:
     """The format of a folder by the files in it; MissingDataError where there is none."""
+    kind = _kind(folder)
+    if kind is not None:
+        return kind
+    inside = sorted(p.name for p in folder.iterdir() if _kind(p)) if folder.is_dir() else []
+    if inside:
+        more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
+        raise MissingDataError(
+            f"no SAE at {folder}: it is a folder of SAEs, give one of them, {', '.join(inside[:5])}{more}"
+        )
+    raise MissingDataError(
+        f"no SAE at {folder}: the folder has no cfg.json (SAELens, sparsify), params.npz or params.safetensors (Gemma "
+        "Scope) or ae.pt (dictionary_learning): give the folder that holds it"
+    )
 
+
+def _kind(folder: Path) -> str | None:
     def has(name: str) -> bool:
         return (folder / name).is_file()
 
@@ -68,18 +83,7 @@ def format_of(folder: Path) -> str:
         return "dictionary_learning"
     if has("cfg.json"):
         return "sparsify" if has(sparsify.WEIGHTS) else "saelens"
-    raise MissingDataError(
-        f"no SAE at {folder}: the folder has no cfg.json (SAELens, sparsify), params.npz or params.safetensors (Gemma "
-        "Scope) or ae.pt (dictionary_learning): give the folder that holds it"
-    )
-
-
-def is_sae(folder: Path) -> bool:
-    """Whether `format_of` knows the folder."""
-    try:
-        return bool(format_of(folder))
-    except MissingDataError:
-        return False
+    return None
 
 
 def built(cls: type[S], found: Found, kind: str, card: Card) -> S:
