@@ -18,16 +18,16 @@ SEEDS = (0, 1, 2)
 # suite -> SAE -> measure -> smallest value accepted (worst of five seeds in the comment)
 AT_LEAST: dict[str, dict[str, dict[str, float]]] = {
     "S0": {
-        "topk": {"mmcs": 0.94, "mcc": 0.95, "frr": 0.70, "support_f1": 0.80},  # .960 .975 .792 .851
-        "batch_topk": {"mmcs": 0.91, "mcc": 0.95, "frr": 0.66, "support_f1": 0.73},  # .934 .972 .750 .783
+        "topk": {"mmcs": 0.94, "mcc": 0.94, "frr": 0.70, "support_f1": 0.79},  # .959 .959 .812 .828
+        "batch_topk": {"mmcs": 0.91, "mcc": 0.95, "frr": 0.66, "support_f1": 0.73},  # .940 .976 .771 .796
         "jumprelu": {"mmcs": 0.91, "mcc": 0.92, "frr": 0.73, "support_f1": 0.66},  # .945 .949 .833 .721
     },
     "S4": {
-        "abs_topk": {"mmcs": 0.93, "mcc": 0.95, "frr": 0.67, "support_f1": 0.71},  # .955 .977 .750 .769
-        "topk 2n": {"mmcs": 0.96, "mcc": 0.96, "frr": 0.82},  # .982 .982 .891
+        "abs_topk": {"mmcs": 0.93, "mcc": 0.95, "frr": 0.67, "support_f1": 0.71},  # .962 .978 .781 .794
+        "topk 2n": {"mmcs": 0.96, "mcc": 0.96, "frr": 0.82},  # .985 .985 .906
     },
     "S9": {
-        "topk, aip": {"mmcs": 0.95, "mcc": 0.96, "frr": 0.85, "support_f1": 0.88},  # .977 .982 .914 .938
+        "topk, aip": {"mmcs": 0.95, "mcc": 0.96, "frr": 0.85, "support_f1": 0.88},  # .977 .988 .914 .935
         "threshold_atoms": {
             "mmcs": 0.94,
             "mcc": 0.93,
@@ -36,7 +36,7 @@ AT_LEAST: dict[str, dict[str, dict[str, float]]] = {
         },  # .970 .962 .922 .872
     },
     "S10": {
-        "topk": {"mmcs": 0.93, "mcc": 0.94, "frr": 0.94, "support_f1": 0.95},  # .949 .964 .977 .982
+        "topk": {"mmcs": 0.93, "mcc": 0.94, "frr": 0.94, "support_f1": 0.95},  # .955 .966 .977 .978
     },
 }
 
