@@ -126,6 +126,7 @@ def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int =
     untrained = SAE(SAEConfig(
         d_sae=cfg.d_sae, k=k, activation="abs_topk" if cfg.signed else "topk", space="raw", d_model=cfg.d_model,
         hook=cfg.hook, model=cfg.model, model_sha=cfg.model_sha, name="untrained", out_hook=cfg.out_hook, d_out=cfg.d_out,
+        encoder_init="scaled",
     )).to(sae.W_enc.device)  # fmt: skip
     target = cfg.out_hook if cfg.transcoder else hook
     for x, y, _ in paired_rows(store, hook, target, batch_size=8192, split="train"):

@@ -17,7 +17,7 @@ from cache.errors import DataError, MissingDataError
 from saes.codes import Codes
 from saes.compare import frontier
 from saes.config import SAEConfig, TrainConfig
-from saes.controls import fit_pca
+from saes.controls import fit_pca, untrained_dictionary
 from saes.evaluation import evaluate, load_evaluation
 from saes.initial import initial_sae
 from saes.metrics import Firing, Reconstruction, l1_norms
@@ -275,6 +275,24 @@ def test_the_initial_control_is_the_sae_as_training_starts_it(activation: str, t
     if activation == "batch_topk":
         assert sums.l0().double().mean().item() == pytest.approx(3, abs=0.05)
     assert len(rows) == len(x)
+
+
+@pytest.mark.parametrize("activation", ["topk", "abs_topk", "jumprelu"])
+def test_the_untrained_control_reconstructs_as_well_as_its_atoms_can_at_one_scale(
+    activation: str, tmp_path: Path
+) -> None:
+    """A control at a smaller scale would make every trained SAE look better beside it."""
+    store, _ = make_store(tmp_path, [40] * 40, d=8)
+    need = {"l0": 1.0} if activation == "jumprelu" else {"k": 3}
+    sae = SAE(SAEConfig(d_sae=24, d_model=8, hook=HOOK, activation=activation, **need)).requires_grad_(False)  # type: ignore[arg-type]
+    x = next(b.x[HOOK] for b in store.sequential(HOOK, batch_size=8192, split="train"))[:1024]
+    controls = [untrained_dictionary(sae, store, HOOK, 3)]
+    if sae.cfg.has_k:
+        controls.append(initial_sae(sae, store, HOOK))
+    for control in controls:
+        centre = control.sae.b_dec
+        guess, wanted = control(x)[0] - centre, x - centre
+        assert ((guess * wanted).sum() / (guess**2).sum()).item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_an_evaluation_of_an_older_version_shows_its_control_once_and_by_its_new_name(tmp_path: Path) -> None:
