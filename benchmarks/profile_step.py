@@ -28,7 +28,7 @@ from saes.trainer import Trainer
 
 PARTS = {
     "encoder product": ("aten::addmm",),
-    "selection (group maxima, top-k, gathers)": ("aten::topk", "aten::amax", "aten::gather", "aten::index_select"),
+    "selection (group maxima, top-k, gathers)": ("aten::topk", "aten::amax", "aten::gather", "aten::index_select", "aten::take"),
     "dot products at chosen latents (value gradients, rescoring)": ("aten::_embedding_bag_per_sample_weights_backward",),
     "decode and weight gradients (embedding bags)": (
         "aten::_embedding_bag_forward_only", "aten::_embedding_bag", "aten::addcmul", "aten::sort", "aten::bincount",
