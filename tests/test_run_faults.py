@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from saes.config import TrainConfig
 from saes.presets import PRESETS, topk
 from saes.sources import TensorSource
 from saes.training import train
+from tests.children import started
 from tests.corpora import HOOK, OTHER, make_store
 from tests.test_training import planted
 
@@ -70,10 +68,7 @@ train(store, [presets.topk(d_sae=24, k=2)], config)
 def test_a_run_started_twice_at_once_is_refused_and_kill_9_sets_it_free(tmp_path: Path) -> None:
     """That it then goes on from its checkpoint: test_kill_9_during_training... in test_training.py."""
     store, _ = make_store(tmp_path, [40] * 20)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", _RUNNING, str(store.path)], env=env, stderr=subprocess.DEVNULL
-    )
+    child = started(_RUNNING, store.path)
     try:
         while not list(tmp_path.glob("saes/*/run.json")):
             assert child.poll() is None, "the run ended before it began"

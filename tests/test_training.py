@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from saes.sae import SAE
 from saes.sources import Moments, TensorSource
 from saes.trainer import Trainer
 from saes.training import train
+from tests.children import started
 from tests.corpora import HOOK, make_store
 
 CPU = torch.device("cpu")
@@ -181,10 +179,7 @@ train(store, [presets.topk(d_sae=48, k=3)], config)
 
 def test_kill_9_during_training_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [40] * 20)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(store.path)], env=env, stderr=subprocess.DEVNULL
-    )
+    child = started(_KILLED, store.path)
     try:
         while not list(tmp_path.glob("saes/*/checkpoints/step-*/state.json")):
             assert child.poll() is None, "the run ended before its first checkpoint"
