@@ -352,7 +352,7 @@ class TrainConfig(_Config):
     dead_refresh_steps: int = 50
     """Steps between two refreshes of the list of dead latents."""
     screen: Literal["auto", "on", "off"] = "auto"
-    """bf16 screening of the encoder: auto switches it on only where a start-up probe shows a gain."""
+    """bf16 screening of the encoder. auto: from 2^20 encoder weights on, where the device multiplies bf16 fast."""
     seed: int = 0
     """Seed of the initialisation and of the order of the data."""
     split: Literal["train", "heldout"] | None = "train"

@@ -105,7 +105,7 @@ class Trainer:
         self.sink_norm = SINK_RATIO * math.sqrt(aip.record.get("mean_square_norm", self.cfg.d_model))
 
     def start(self, sample: Tensor, target: Tensor | None = None) -> None:
-        """Initialise from raw rows `[N, d_model]`; decide on screening by a probe where it is `auto`.
+        """Initialise from raw rows `[N, d_model]`; decide on screening where it is `auto`.
 
         target: raw rows `[N, d_out]` that a transcoder predicts from them.
         """
@@ -135,9 +135,7 @@ class Trainer:
         if self.cfg.activation == "jumprelu" and self.bias is None:
             self._start_threshold(x[usual])
         if self.train.screen == "auto" and self.cfg.fixed_k:
-            self.screen.enabled = screening_gains(
-                self.train.batch_size, self.cfg.d_model, self.cfg.d_sae, self.cfg.k, sample.device
-            )
+            self.screen.enabled = screening_gains(self.cfg.d_model, self.cfg.d_sae, self.cfg.k, sample.device)
 
     def _rows(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Input and wanted output in the space of training, of raw rows: the same rows twice but for a transcoder."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saes import kernels, top_products
+from saes import kernels, screening, top_products
 from saes.kernels import Dead, row_dots, sparse_step
-from saes.screening import Screen
+from saes.screening import Screen, screening_gains
 from saes.top_products import Also, column_width, top_pre_activations
 
 B, D, F, K = 9, 7, 40, 5
@@ -189,3 +189,15 @@ def test_screening_switches_itself_off_when_it_misses_a_latent() -> None:
     values, _ = screen(x, w, torch.zeros(512), 8, signed=False)
     assert screen.misses > 0 and not screen.enabled
     torch.testing.assert_close(values.sort(1).values, (x @ w.T).topk(8, dim=1).values.sort(1).values)
+
+
+def test_screening_is_not_decided_by_a_race_so_the_same_run_gives_the_same_sae(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for share, wanted in ((0.24, True), (1.3, False)):
+        monkeypatch.setattr(screening, "bf16_product_share", lambda device, s=share: s)
+        assert screening_gains(576, 2304, 32, cpu) is wanted
+        assert not screening_gains(64, 96, 4, cpu), "a small encoder gains nothing worth a race"
+    monkeypatch.undo()
+    assert screening.bf16_product_share("cpu") == screening.bf16_product_share("cpu"), "asked once a process"
