@@ -129,19 +129,23 @@ def arguments(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
-        "--full", action="store_true", help="more seeds, steps and axes: hours instead of minutes"
+        "--full",
+        action="store_true",
+        help="more steps, seeds or axes (the script's head says which): about an hour",
     )
-    parser.add_argument("--seeds", type=int, help="number of seeds (5 with --full, else 3)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (3; with --full what the head says)")
     parser.add_argument("--steps", type=int, help="training steps on the store")
     parser.add_argument("--batch", type=int, default=2048, help="rows of a step")
     parser.set_defaults(**defaults)
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parsed(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, full_seeds: int = 3
+) -> argparse.Namespace:
     """Arguments with the defaults that depend on --full."""
     args = parser.parse_args(argv)
-    args.seeds = args.seeds or (5 if args.full else 3)
+    args.seeds = args.seeds or (full_seeds if args.full else 3)
     return args
 
 

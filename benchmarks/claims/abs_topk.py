@@ -11,7 +11,7 @@ Registered before the run (smallest effect that counts; verdicts as in _common.p
         fvu_k<k>              FVU(TopK n) / FVU(AbsTopK n) - 1, held out            at least 0.01
         fvu_2n_k<k>           the same against TopK 2n (a latent for each pole)     at least 0.01
     width      2 d, 4 d, 8 d;   tokens  half, once and twice the steps;   layer  every hook of the store
-        the same two claims for each value
+        the same two claims for each value (--full: synthetic width tokens poles, at twice the steps)
     poles      3 seeds, k = 32, width 2,304: share of alive features both of whose poles have a proxy_score of 2.5 or more
         two_poles             AbsTopK - TopK read with both signs                   at least 0.10
                (paper, by a language model on Gemma-2-2B: 29.7 % against 5.3 %)
@@ -39,6 +39,7 @@ K, LR = 32, 2e-3
 MEANINGFUL, OTHER_CUTS = 2.5, (2.0, 3.0)
 AXES = ("k", "width", "tokens", "layer")
 PARTS = ("synthetic", *AXES, "poles")
+FULL = ("synthetic", "width", "tokens", "poles")
 
 
 # ---- known dictionaries ----
@@ -207,12 +208,15 @@ def pole_shares(sae: SAE, store: Any) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, help="default: synthetic k poles; all with --full"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="default: synthetic k poles; --full: synthetic width tokens poles",
     )
     parser.add_argument("--suite-steps", type=int, default=1500, help="training steps on S4 and S5")
     args = parsed(parser, argv)
-    args.steps = args.steps or (3000 if args.full else 300)
-    parts = args.parts or (PARTS if args.full else ("synthetic", "k", "poles"))
+    args.steps = args.steps or (600 if args.full else 300)
+    parts = args.parts or (FULL if args.full else ("synthetic", "k", "poles"))
     report = Report("AbsTopK (arXiv 2510.00404)", args.out)
     if "synthetic" in parts:
         with one_thread():

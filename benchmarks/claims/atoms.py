@@ -2,7 +2,7 @@
 
     python benchmarks/claims/atoms.py [--parts synthetic store] [--full]
 
-Registered before the run (smallest effect that counts; verdicts as in _common.py; 3 seeds, 5 with --full):
+Registered before the run (smallest effect that counts; verdicts as in _common.py; 3 seeds):
 
     synthetic  S9 (dictionary under a map of condition 32) and S9-zipf, fresh rows; for each suite
         <suite>_oracle_f1       true atoms, W_enc = D^T S and the best single threshold: support F1, AIP - plain   0.05
@@ -26,8 +26,8 @@ Registered before the run (smallest effect that counts; verdicts as in _common.p
 
 R^2 leaves out attention sinks. q* is nearly a function of L0: only its excess is judged. Atoms of whitened space start at an
 excess of 0 (random directions there are the random control), those of plain space far below: q_star_over_topk and
-q_star_of_training hold already for untrained dictionaries, and only q_star_over_random is a finding. Runs are short; --full has ten
-times the steps, widths up to 16 d and more codes for basis pursuit.
+q_star_of_training hold already for untrained dictionaries, and only q_star_over_random is a finding. Runs are short; --full has four
+times the steps on the store and twice on the suites, width 8 d and more codes for basis pursuit.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def alive_atoms(sae: SAE, x: Tensor) -> Tensor:
 
 
 def widths(d: int, full: bool) -> list[int]:
-    return [d, 2 * d, 4 * d, *([8 * d, 16 * d] if full else [])]
+    return [d, 2 * d, 4 * d, *([8 * d] if full else [])]
 
 
 def atoms_config(width: int, name: str, space: Space = "aip") -> SAEConfig:
@@ -244,16 +244,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, batch=1024)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
     parser.add_argument(
-        "--recovery", type=int, help="codes a seed and SAE for basis pursuit (3; 16 with --full)"
+        "--recovery", type=int, help="codes a seed and SAE for basis pursuit (3; 8 with --full)"
     )
     args = parsed(parser, argv)
-    args.steps = args.steps or (3000 if args.full else 300)
+    args.steps = args.steps or (1200 if args.full else 300)
     if args.recovery is None:
-        args.recovery = 16 if args.full else 3
+        args.recovery = 8 if args.full else 3
     torch.manual_seed(0)
     report = Report("arXiv 2509.20784, threshold atoms", args.out)
     if "synthetic" in args.parts:
-        synthetic(report, args.seeds, 3000 if args.full else 800)
+        synthetic(report, args.seeds, 1600 if args.full else 800)
     if "store" in args.parts:
         with scratch_store(args.workspace) as store:
             on_store(report, store, args)

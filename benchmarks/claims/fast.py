@@ -8,7 +8,7 @@ Arms, equal in tokens, batches, architecture and seed, all rows kept (skip=None)
 Judged on held-out dialogues that ran alone, the same for all arms; an MSE is the mean in a dialogue, then over dialogues.
 
 Registered before the run (verdicts as in _common.py: mean and 95 % t interval over seeds, effect = smallest that counts).
-Differences are log2 MSE(arm) - log2 MSE(FAST), in bits; 3 seeds (initialisation and order; the texts are fixed):
+Differences are log2 MSE(arm) - log2 MSE(FAST), in bits; 3 seeds, 5 with --full (initialisation and order; the texts are fixed):
     <arm>_special_<kind>        template tokens, position 0 included (MSE_st of the paper)      at least 0.25
     <arm>_special_rest_<kind>   the same without position 0                                      at least 0.25
     <arm>_all_<kind>            every token (the paper: not in every cell)                       at least 0.05
@@ -16,7 +16,7 @@ Differences are log2 MSE(arm) - log2 MSE(FAST), in bits; 3 seeds (initialisation
     <arm>_top_rated             share of features with proxy_score >= 4 (no judge), FAST less arm  at least 0.02
 arm: packed_text BT(P), packed_dialogues BT(F). kind: topk (k 32, the same L0 by construction) and jumprelu (trained at
 L0 targets 16 and 64, read at L0 = 32 between them in logarithms; left out where they do not bracket it). BT(A) is the
-mechanism: `data` has it, no claim. The paper trains 41M tokens; the default run 0.2M (--full 1M), epochs over 40,000 (150,000).
+mechanism: `data` has it, no claim. The paper trains 41M tokens; the default run 0.2M in epochs over 40,000 (--full 0.3M over 60,000).
 """
 
 from __future__ import annotations
@@ -190,13 +190,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a block; the paper: 2,048")
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1", help="a chat model")
     parser.add_argument("--hook", default="blocks.15.hook_resid_post")
-    parser.add_argument("--width", type=int, help="latents over d_model")
+    parser.add_argument("--width", type=int, default=4, help="latents over d_model")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--no-proxies", action="store_true", help="leave out the share of top-rated features")
-    args = parsed(parser, argv)
-    args.tokens = args.tokens or (150_000 if args.full else 40_000)
-    args.steps = args.steps or (2000 if args.full else 400)
-    args.width = args.width or (8 if args.full else 4)
+    args = parsed(parser, argv, full_seeds=5)
+    args.tokens = args.tokens or (60_000 if args.full else 40_000)
+    args.steps = args.steps or (600 if args.full else 400)
     report = Report("FAST (arXiv 2506.07691)", args.out)
     root = workspace_path(args.workspace, create=False)
     with tempfile.TemporaryDirectory(prefix="claims-") as folder:

@@ -7,7 +7,7 @@ answers. Judge-free here: the loss of the reference answers of held-out dialogue
 alpha d_k added at every position but 0. k is found on train dialogues, position 0 left out: the largest there is the attention
 sink. alpha, in mean residual norms, is the best of ALPHAS on every other held-out dialogue and judged on the rest.
 
-Registered before the run (verdicts as in _common.py), a value a seed (TopK, k 32, trained on the FAST path), 3 seeds:
+Registered before the run (verdicts as in _common.py), a value a seed (TopK, k 32, trained on the FAST path), 3 seeds, 6 with --full:
     lower_loss        loss without steering less loss with it, nats a token       at least 0.01   (paper: better answers)
     beats_random      loss with a random live latent's direction of the same length less that with d_k     at least 0.01
 """
@@ -90,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1", help="a chat model")
     parser.add_argument("--hook", default="blocks.15.hook_resid_post")
     parser.add_argument("--width", type=int, default=4, help="latents over d_model")
-    args = parsed(parser, argv)
-    args.tokens = args.tokens or (150_000 if args.full else 30_000)
-    args.steps = args.steps or (2000 if args.full else 400)
-    args.dialogues = args.dialogues or (100 if args.full else 24)
+    args = parsed(parser, argv, full_seeds=6)
+    args.tokens = args.tokens or 30_000
+    args.steps = args.steps or (600 if args.full else 400)
+    args.dialogues = args.dialogues or (48 if args.full else 24)
     report = Report("FAST (arXiv 2506.07691), steering", args.out)
     root = workspace_path(args.workspace, create=False)
     with tempfile.TemporaryDirectory(prefix="claims-") as folder:

@@ -8,7 +8,7 @@ Registered before the run (smallest effect that counts; verdicts as in _common.p
         absorption        BatchTopK - Matryoshka                         at least 0.10   (paper 0.49 -> 0.05, Gemma-2-2B)
         children          children with cos >= 0.9 (an absorbing latent holds its parent's direction too):
                           Matryoshka - BatchTopK                         at least 0.10
-    store      3 seeds, width 2,304, k = 32, held-out FVU
+    store      3 seeds, width 2,304, k = 32, 500 steps (--full 1,500), held-out FVU
         fvu_cost          FVU(Matryoshka) / FVU(BatchTopK) - 1           at least 0.01   (nesting is not free)
 
 Absorption: of the rows on which a child is active, the share on which no latent near its parent (cos >= 0.7, or, where
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--suite-steps", type=int, default=2000, help="training steps on S6")
     args = parsed(parser, argv)
-    args.steps = args.steps or (3000 if args.full else 500)
+    args.steps = args.steps or (1500 if args.full else 500)
     report = Report("Matryoshka SAEs (arXiv 2503.17547)", args.out)
     with one_thread():
         hierarchy(report, max(5, args.seeds), args.suite_steps)
