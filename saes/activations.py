@@ -22,6 +22,7 @@ from torch import Tensor
 from saes.codes import Codes
 from saes.gradients import GradientBuffers
 from saes.kernels import Dead, StepOutput, Support, decode_from, encode_at
+from saes.products import decode_dense, encode_dense
 from saes.row_topk import keep_largest
 from saes.selection import DENSE_SHARE, above_threshold, batch_largest
 from saes.top_products import Also, Scratch, top_pre_activations
@@ -65,6 +66,8 @@ class _Pre(NamedTuple):
     u: Tensor
     u_dead: Tensor | None
     support: Support | None
+    half: bool = False
+    """Whether products of dense codes are made in bfloat16."""
 
     def of(self, p: Tensor) -> Tensor:
         """A parameter `[d_sae]` beside each pre-activation."""
@@ -85,11 +88,13 @@ def training_step(
     eps: float = 1.0,
     scratch: Scratch | None = None,
     into: GradientBuffers | None = None,
+    half: bool = False,
 ) -> StepOutput:
     """Forward pass of training of an `SAE` on rows x `[B, d_model]`, differentiable in its parameters and x.
 
     `select` finds the k latents of a row (topk, abs_topk); eps is the rectangle's width in units of u (jumprelu). With
-    `into`, a sparse step's gradients of W_enc and W_dec (less its radial part) go there.
+    `into`, a sparse step's gradients of W_enc and W_dec (less its radial part) go there. half: products of dense steps are
+    made in bfloat16.
     """
     cfg, scratch = sae.cfg, scratch or Scratch()
     with torch.no_grad():
@@ -97,9 +102,9 @@ def training_step(
     if cfg.has_k:
         return _top(sae, x, xc, dead, select, scratch, into)
     if cfg.bias_rule == "gba":
-        return _adapted(sae, x, xc, scratch)
+        return _adapted(sae, x, xc, scratch, half)
     low = torch.zeros_like(sae.b_enc) if cfg.activation != "jumprelu" else sae.threshold.detach() - eps / 2
-    pre = _pre_above(sae, x, xc, low, dead, scratch, into)
+    pre = _pre_above(sae, x, xc, low, dead, scratch, into, half)
     if cfg.activation == "gated":
         return _gated(sae, x, pre)
     if cfg.activation == "relu":
@@ -149,20 +154,21 @@ def _pre_above(
     dead: Dead | None,
     scratch: Scratch,
     into: GradientBuffers | None = None,
+    half: bool = False,
 ) -> _Pre:
     found = above_threshold(xc, sae.W_enc, sae.b_enc, low, scratch=scratch, dense_share=DENSE_SHARE)
     if found is None:
-        u = torch.addmm(sae.b_enc, x - sae.centre, sae.W_enc.T)
-        return _Pre(u, None if dead is None else u[:, dead.ids], None)
+        u = encode_dense(x - sae.centre, sae.W_enc, sae.b_enc, half=half)
+        return _Pre(u, None if dead is None else u[:, dead.ids], None, half)
     support = Support(found.indices, sae.cfg.d_sae, found.offsets, into)
     u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.centre, support, found.values, xc=xc, dead=dead)
     return _Pre(u, u_dead, support)
 
 
-def _adapted(sae: Any, x: Tensor, xc: Tensor, scratch: Scratch) -> StepOutput:
+def _adapted(sae: Any, x: Tensor, xc: Tensor, scratch: Scratch, half: bool) -> StepOutput:
     """GBA: biases are data to a step, decoder rows are a_m w_m (saes/gba.py); `values` are z without a_m."""
     low = inference_threshold(sae)
-    pre = _pre_above(sae, x, xc, low, None, scratch)
+    pre = _pre_above(sae, x, xc, low, None, scratch, half=half)
     z = pre.u * (pre.u > pre.of(low))
     out = _reconstruct(sae, pre, z * pre.of(sae.gain), None, sae.W_enc)
     return out._replace(values=z.detach())
@@ -179,8 +185,10 @@ def _reconstruct(
     )
     prefixes = None
     if pre.support is None:
-        x_hat = z @ w_dec
-        e_hat = None if z_dead is None or dead is None else z_dead @ w_dec[dead.ids]
+        x_hat = decode_dense(z, w_dec, half=pre.half)
+        e_hat = (
+            None if z_dead is None or dead is None else decode_dense(z_dead, w_dec[dead.ids], half=pre.half)
+        )
     elif not cfg.matryoshka:
         x_hat, e_hat = decode_from(z, pre.support, w_dec, z_dead=z_dead, dead=dead)
     else:
@@ -199,7 +207,10 @@ def _gated(sae: Any, x: Tensor, pre: _Pre) -> StepOutput:
     gate = pre.u.relu()
     z = magnitude.relu() * (pre.u > 0)
     w_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
-    frozen = gate @ w_dec if pre.support is None else decode_from(gate, pre.support, w_dec)[0]
+    if pre.support is None:
+        frozen = decode_dense(gate, w_dec, half=pre.half)
+    else:
+        frozen = decode_from(gate, pre.support, w_dec)[0]
     return _reconstruct(sae, pre, z, None)._replace(gate=frozen + b_dec, sparsity=gate.sum() / len(x))
 
 

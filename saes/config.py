@@ -353,6 +353,8 @@ class TrainConfig(_Config):
     """Steps between two refreshes of the list of dead latents."""
     screen: Literal["auto", "on", "off"] = "auto"
     """bf16 screening of the encoder. auto: from 2^20 encoder weights on, where the device multiplies bf16 fast."""
+    autocast: Literal["auto", "on", "off"] = "auto"
+    """bf16 products of AuxK and of steps on dense tensors (relu, gated, early jumprelu). auto: on a GPU."""
     seed: int = 0
     """Seed of the initialisation and of the order of the data."""
     split: Literal["train", "heldout"] | None = "train"
@@ -377,8 +379,9 @@ class TrainConfig(_Config):
         row_classes(self.split, self.skip)
         if not 0 <= self.decay_fraction <= 1:
             raise UsageError(f"decay_fraction is a share of the run, got {self.decay_fraction}")
-        if self.screen not in ("auto", "on", "off"):
-            raise UsageError(f"screen must be auto, on or off, got {self.screen!r}")
+        for switch in ("screen", "autocast"):
+            if getattr(self, switch) not in ("auto", "on", "off"):
+                raise UsageError(f"{switch} must be auto, on or off, got {getattr(self, switch)!r}")
 
     def peak_lr(self, d_sae: int, own: float | None = None) -> float:
         """Of an SAE of `d_sae` latents: its own (`SAEConfig.lr`), the run's, or by the rule."""

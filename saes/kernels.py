@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saes.gradients import GradientBuffers, SlicedSums
+from saes.products import product
 from saes.row_topk import keep_largest
 from saes.top_products import CHUNK_BYTES, Also, top_pre_activations
 
@@ -142,7 +143,7 @@ class Dead(NamedTuple):
 
 def _product(a: Tensor, b: Tensor, dead: Dead) -> Tensor:
     """`a @ b` for AuxK."""
-    return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if dead.coarse else a @ b
+    return product(a, b, half=dead.coarse)
 
 
 class _Encode(torch.autograd.Function):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saes import kernels
+from saes.products import linear_into
 from saes.top_products import Scratch
 
 DENSE_SHARE = 1 / 8
@@ -47,7 +48,7 @@ def _blocks(
     for i, end in pairwise(starts):
         shape = (end - i, d_sae)
         u = scratch.get("u", shape, xc.dtype, xc.device)
-        torch.addmm(b_enc, xc[i:end], w_enc.T, out=u)
+        linear_into(u, xc[i:end], w_enc, b_enc)
         size = torch.abs(u, out=scratch.get("abs", shape, xc.dtype, xc.device)) if signed else u
         yield i, u, size
 

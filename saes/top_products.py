@@ -15,12 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saes.products import COLUMNS, linear_into
 from saes.row_topk import PER_GROUP, gains, largest, largest_by_groups
 
 CHUNK_BYTES = 128 * 2**20
 """Pre-activations are made in blocks of rows of this size; each block packs the weights again."""
-COLUMNS = 1024
-"""Latents of a block of columns, about: 2,048 rows of it in float32 are 8 MB."""
 
 
 class Scratch:
@@ -89,7 +88,7 @@ def top_pre_activations(
             values[at], indices[at] = largest_by_groups(blocks, maxima, k, signed=signed)
             continue
         u = scratch.get("u", (len(part), d_sae), xc.dtype, xc.device)
-        torch.addmm(b_enc, part, w_enc.T, out=u)
+        linear_into(u, part, w_enc, b_enc)
         if also is not None:
             also.keep(u, i, rows)
         if signed:
@@ -128,7 +127,7 @@ def _product_by_columns(
     maxima = scratch.get("maxima", (len(part), n * groups), part.dtype, part.device)
     for i in range(n):
         columns = slice(i * width, (i + 1) * width)
-        torch.addmm(b_enc[columns], part, w_enc[columns].T, out=u[i])
+        linear_into(u[i], part, w_enc[columns], b_enc[columns])
         size = u[i]
         if signed:
             size = torch.abs(u[i], out=scratch.get("abs", (len(part), width), part.dtype, part.device))

@@ -90,6 +90,7 @@ class Trainer:
         self.rows_seen = 0
         self.dead: Dead | None = None
         self.screen = Screen(enabled=train.screen == "on" and cfg.fixed_k)
+        self.half = train.autocast == "on" or (train.autocast == "auto" and device.type == "cuda")
         self.eps = 1.0
         self.theta = torch.full((), -1.0, dtype=torch.float64, device=device)
         self._scratch = Scratch()
@@ -164,11 +165,13 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.train.lr_at(step, self.cfg.d_sae, self.cfg.lr)
         s = self.sae
-        # bfloat16 enters where the screen is on: its products are rescored in float32, and AuxK is an auxiliary term
-        dead = None if self.dead is None else self.dead._replace(coarse=self.screen.enabled)
+        # the screen rescores its products in float32, and AuxK is an auxiliary term
+        coarse = self.screen.enabled or self.half
+        dead = None if self.dead is None else self.dead._replace(coarse=coarse)
         out = training_step(
-            s, x, dead=dead, select=self.screen, eps=self.eps, scratch=self._scratch, into=self._into
-        )
+            s, x, dead=dead, select=self.screen, eps=self.eps, scratch=self._scratch, into=self._into,
+            half=self.half,
+        )  # fmt: skip
         terms = loss_terms(self.cfg, y, out, self.dead, self.variance, self._sparsity_weight(step))
         loss = terms.loss
         if self.nearest is not None:
