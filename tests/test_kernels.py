@@ -197,7 +197,7 @@ def test_screening_is_not_decided_by_a_race_so_the_same_run_gives_the_same_sae(
     cpu = torch.device("cpu")
     for share, wanted in ((0.24, True), (1.3, False)):
         monkeypatch.setattr(screening, "bf16_product_share", lambda device, s=share: s)
-        assert screening_gains(576, 2304, 32, cpu) is wanted
+        assert screening_gains(576, 4608, 32, cpu) is wanted
         assert not screening_gains(64, 96, 4, cpu), "a small encoder gains nothing worth a race"
     monkeypatch.undo()
     assert screening.bf16_product_share("cpu") == screening.bf16_product_share("cpu"), "asked once a process"
