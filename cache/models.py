@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from cache.assets import ASSETS, names, nearest
 from cache.convert import RECORD, converted, quiet_transformers, weights_sha256
+from cache.devices import default_device, known_device
 from cache.errors import DataError, MissingDataError, UsageError
+from cache.fast_linear import use_fast_products
 from cache.hooks import Edit, probe_tokens
 from cache.vocab import template_sha256, tokenizer_sha256
 from cache.workspace import read_json, workspace_path
@@ -242,13 +244,6 @@ class _FinalNorm:
         return x * self.gain
 
 
-def default_device() -> torch.device:
-    """CUDA, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def load_model(
     name: str | os.PathLike[str],
     *,
@@ -260,6 +255,7 @@ def load_model(
     """Load a packaged model, a local Hugging Face folder or a hub id; float32 unless `dtype` says otherwise."""
     if backend not in BACKENDS:
         raise UsageError(f"no backend {backend!r}: choose {' or '.join(BACKENDS)}")
+    place = default_device() if device is None else known_device(device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = _resolve(str(name), workspace)
@@ -276,7 +272,8 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
         )
-        hf = hf.eval().to(device or default_device())
+        hf = hf.eval().to(place)
+        use_fast_products(hf)
         model = LanguageModel(label, hf, tokenizer, path, backend=backend, weights_sha=weights_sha)
     folder = Path(name).expanduser()
     model.source = str(folder.resolve()) if folder.is_dir() else str(name)

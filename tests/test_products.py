@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saes import SAE, TrainConfig, presets, products, train
+from cache import products
+from saes import SAE, TrainConfig, presets, train
 from saes.activations import training_step
 from saes.products import decode_dense, encode_dense, linear_into, product
 
@@ -19,6 +20,8 @@ def by(monkeypatch: pytest.MonkeyPatch):
         if onednn and not HAS_ONEDNN:
             pytest.skip("this torch has no oneDNN linear")
         monkeypatch.setattr(products, "onednn_gains", lambda: onednn)
+        monkeypatch.setattr(products, "MIN_ROWS", 0)
+        monkeypatch.setattr(products, "MIN_WEIGHTS", 1)
 
     return choose
 

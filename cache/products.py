@@ -1,0 +1,50 @@
+"""float32 products on a CPU by oneDNN where it is faster than torch's own choice.
+
+`torch.matmul` of float32 goes to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch has
+too, uses AVX-512 there and takes half the time. `onednn_gains` asks the machine once a process. Both are float32
+throughout and differ in the last bits. Elsewhere (GPU, float64, a torch without oneDNN) products stay torch's own.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+GAIN = 0.8
+"""oneDNN is taken where it needs less than this share of torch's time: .5 on AMD with AVX-512, about 1 elsewhere."""
+MIN_ROWS, MIN_WEIGHTS = 8, 2**16
+"""Smaller products are not worth the microseconds that oneDNN takes to begin."""
+
+
+def onednn_wins(x: Tensor, w: Tensor) -> bool:
+    """Whether `onednn_linear` is the way to make x @ w.T for x `[..., K]` and w `[N, K]`."""
+    return (
+        x.dtype == torch.float32 == w.dtype
+        and x.device.type == "cpu" == w.device.type
+        and w.numel() >= MIN_WEIGHTS
+        and x.numel() >= MIN_ROWS * w.shape[1]
+        and onednn_gains()
+    )
+
+
+def onednn_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x @ w.T + b for x `[..., K]`, w `[N, K]` of any strides, b `[N]`; a new tensor, not differentiable."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
+
+@lru_cache
+def onednn_gains() -> bool:
+    """Whether oneDNN multiplies float32 faster than torch's default on this processor: best of 4 interleaved pairs."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    x, w, b = torch.ones(1024, 512), torch.ones(4096, 512), torch.zeros(4096)
+    best = [float("inf"), float("inf")]
+    for _ in range(4):
+        for i, run in enumerate((lambda: onednn_linear(x, w, b), lambda: torch.addmm(b, x, w.T))):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] < GAIN * best[1]
