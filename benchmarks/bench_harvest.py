@@ -3,6 +3,7 @@
 The packaged model over packaged text, early stop everywhere, each pair run in alternating order over the same batches.
 harvest_over_bare: tokens/s of a harvest of one residual hook in the middle / of the bare passes (target >= 0.95); the
 harvest's time is all of it: opening the store, checks, cast, queue, and the wait for the last shard's commit.
+bare_over_torch: the bare passes / the same with torch's own linear layers (cache/fast_linear.py; 1 where torch's are as fast).
 write_share: seconds in the writer's thread / seconds of that harvest.
 layers30_over_1: tokens/s of the model's thread (passes, checks, cast) at every hook_resid_post / at the deepest alone;
 layers30_write_share: what the writer's thread then takes, in the model's seconds. It runs beside the model, and
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from cache import ActivationStore, Corpus, LanguageModel, build_corpus, harvest, load_model
+from cache.fast_linear import FastLinear
 from cache.harvesting import BATCH_TOKENS, bare_forward_rate, run_shard, store_identity
 from cache.writer import TokenSlices, commit_shard
 
@@ -68,6 +70,18 @@ def harvested(model: LanguageModel, corpus: Corpus, hooks: list[str]) -> Run:
 def bare(model: LanguageModel, corpus: Corpus, hooks: list[str]) -> Run:
     rate = bare_forward_rate(model, corpus, hooks, rows_per_shard=ROWS_PER_SHARD, clock=time.perf_counter)
     return Run(rate=rate)
+
+
+def with_torch_layers(model: LanguageModel, corpus: Corpus, hooks: list[str]) -> Run:
+    """The bare passes with the linear layers as torch has them."""
+    fast = [m for m in model.hf.modules() if isinstance(m, FastLinear)]
+    try:
+        for module in fast:
+            module.__class__ = torch.nn.Linear
+        return bare(model, corpus, hooks)
+    finally:
+        for module in fast:
+            module.__class__ = FastLinear
 
 
 def captured(model: LanguageModel, corpus: Corpus, hooks: list[str]) -> Run:
@@ -143,6 +157,14 @@ def main() -> None:
     print(
         f"harvest / bare forward: {ratio:.3f} (median of {args.pairs}; target >= {TARGET}), writer {share:.2%}"
     )
+    plain = interleaved(
+        ("torch's layers", "bare"),
+        lambda: with_torch_layers(model, corpus, middle),
+        lambda: bare(model, corpus, middle),
+        args.pairs,
+    )
+    faster = statistics.median(ratios(plain))
+    print(f"bare forward / with torch's own layers: {faster:.2f} (median of {args.pairs})")
     many = interleaved(
         ("deepest hook", f"{len(layers)} hooks"),
         lambda: captured(model, corpus, layers[-1:]),
@@ -155,6 +177,7 @@ def main() -> None:
         "harvest_over_bare": round(ratio, 4),
         "harvest_over_bare_min": round(min(ratios(one)), 4),
         "harvest_over_bare_max": round(max(ratios(one)), 4),
+        "bare_over_torch": round(faster, 3),
         "write_share": round(share, 5),
         "layers30_over_1": round(spread, 4),
         "layers30_over_1_min": round(min(ratios(many)), 4),

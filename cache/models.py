@@ -23,6 +23,7 @@ from cache.devices import default_device, known_device
 from cache.errors import DataError, MissingDataError, UsageError
 from cache.fast_linear import use_fast_products
 from cache.hooks import Edit, probe_tokens
+from cache.products import product
 from cache.vocab import template_sha256, tokenizer_sha256
 from cache.workspace import read_json, workspace_path
 
@@ -177,7 +178,7 @@ class LanguageModel:
                 f"directions have shape {tuple(directions.shape)}: the logit lens takes [n, {self.d_model}]"
             )
         x = self._final_norm.linear_part(directions.to(self.device, torch.float32))
-        return x @ self._unembed.float().T
+        return product(x, self._unembed.float().T)
 
     # ------------------------------------------------------------ self-checks
 

@@ -35,6 +35,17 @@ def onednn_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices of any strides; differentiable, then by torch."""
+    differentiable = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if differentiable or not onednn_wins(a, b.T):
+        return a @ b
+    if a.stride(0) == 1 and a.shape[0] > 1 and b.stride(1) == 1:
+        # a is a transposed view: its transpose in the place of the weights is the faster of the two ways
+        return onednn_linear(b.T, a).T.contiguous()
+    return onednn_linear(a, b.T)
+
+
 @lru_cache
 def onednn_gains() -> bool:
     """Whether oneDNN multiplies float32 faster than torch's default on this processor: best of 4 interleaved pairs."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.products import product
+
 BINS = 10_000
 SMALLEST = 1e-8
 TILE = 2048
@@ -55,7 +57,7 @@ def coherence(atoms: Tensor, *, tile: int = TILE) -> Coherence:
     largest = 0.0
     for i in range(0, len(unit), tile):
         for j in range(i, len(unit), tile):
-            size = (unit[i : i + tile] @ unit[j : j + tile].T).abs().clamp_max(1.0)
+            size = product(unit[i : i + tile], unit[j : j + tile].T).abs().clamp_max(1.0)
             if i == j:
                 k, m = torch.triu_indices(len(size), len(size), offset=1, device=size.device)
                 size = size[k, m]

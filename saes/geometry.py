@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.products import product
+
 LOGIT_TOKENS = 15
 NEIGHBOURS = 20
 BLOCK = 512
@@ -42,7 +44,7 @@ def neighbours(w_dec: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n = min(NEIGHBOURS, len(unit) - 1)
     ids, cosines = [], []
     for i in range(0, len(unit), BLOCK):
-        cos = unit[i : i + BLOCK] @ unit.T
+        cos = product(unit[i : i + BLOCK], unit.T)
         mine = torch.arange(len(cos), device=cos.device)
         size = cos.abs()
         size[mine, mine + i] = -1.0

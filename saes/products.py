@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache import products
 from cache.products import onednn_linear, onednn_wins
 
 COLUMNS = 1024
@@ -26,14 +27,7 @@ def linear_into(out: Tensor, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor, *, half: bool = False) -> Tensor:
     """`a @ b`, of any strides; half: of the factors in bfloat16, as `a`'s dtype. Not differentiable."""
-    if half:
-        return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
-    if not onednn_wins(a, b.T):
-        return a @ b
-    if a.stride(0) == 1 and a.shape[0] > 1 and b.stride(1) == 1:
-        # a is a transposed view: its transpose in the place of the weights is the faster of the two ways
-        return onednn_linear(b.T, a).T.contiguous()
-    return onednn_linear(a, b.T)
+    return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if half else products.product(a, b)
 
 
 class _Encode(torch.autograd.Function):

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.products import product
+
 RECOVERED = 1e-4
 
 
@@ -27,7 +29,7 @@ def _pursue(x: Tensor, atoms: Tensor, k: int) -> Tensor:
     residual, chosen = x, torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     fit = torch.zeros_like(x)
     for _ in range(k):
-        size = (residual @ atoms.T).abs().scatter_(1, chosen, -1.0)
+        size = product(residual, atoms.T).abs().scatter_(1, chosen, -1.0)
         chosen = torch.cat([chosen, size.argmax(1, keepdim=True)], dim=1)
         # least squares on the chosen atoms of each row; the ridge is for atoms that coincide
         active = atoms[chosen].double()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cache.products import product
+
 BLOCK = 1024
 
 
@@ -22,7 +24,7 @@ def nearest_atoms(w_dec: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(w_dec, dim=1)
     out = []
     for i in range(0, len(unit), BLOCK):
-        size = (unit[i : i + BLOCK] @ unit.T).abs()
+        size = product(unit[i : i + BLOCK], unit.T).abs()
         mine = torch.arange(len(size), device=size.device)
         size[mine, mine + i] = -1.0
         out.append(size.argmax(1))

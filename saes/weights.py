@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.products import product
 from saes.sae import SAE
 
 BLOCK = 1024
@@ -41,7 +42,7 @@ def max_cosine(w: Tensor, rows: Tensor, *, signed: bool) -> Tensor:
     unit = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12)
     out = []
     for part in rows.split(BLOCK):
-        cos = unit[part] @ unit.T
+        cos = product(unit[part], unit.T)
         cos = cos.abs() if signed else cos
         cos[torch.arange(len(part), device=cos.device), part] = -1.0
         out.append(cos.max(dim=1).values)
