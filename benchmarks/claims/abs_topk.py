@@ -1,6 +1,6 @@
 """AbsTopK (arXiv 2510.00404): what a sign on each latent buys, on known dictionaries and on a store.
 
-    python benchmarks/claims/abs_topk.py [--parts synthetic k poles] [--full]
+    python benchmarks/claims/abs_topk.py [--parts synthetic k narrow poles] [--full]
 
 Registered before the run (smallest effect that counts; verdicts as in _common.py):
 
@@ -10,8 +10,11 @@ Registered before the run (smallest effect that counts; verdicts as in _common.p
     k          3 seeds; width 2,304; k = 8, 32, d / 10 (the paper's)
         fvu_k<k>              FVU(TopK n) / FVU(AbsTopK n) - 1, held out            at least 0.01
         fvu_2n_k<k>           the same against TopK 2n (a latent for each pole)     at least 0.01
+    narrow     k = 8, 32 at widths d / 8, d / 4, d / 2, d: fewer latents than directions, so that a second latent for the
+               other pole is dear (added after a look at seed 0, which is one of the three)
+        fvu_narrow_k<k>_width<w>, fvu_2n_narrow_k<k>_width<w>    the same two claims
     width      2 d, 4 d, 8 d;   tokens  half, once and twice the steps;   layer  every hook of the store
-        the same two claims for each value (--full: synthetic width tokens poles, at twice the steps)
+        the same two claims for each value (--full: synthetic narrow width tokens poles, at twice the steps)
     poles      3 seeds, k = 32, width 2,304: share of alive features both of whose poles have a proxy_score of 2.5 or more
         two_poles             AbsTopK - TopK read with both signs                   at least 0.10
                (paper, by a language model on Gemma-2-2B: 29.7 % against 5.3 %)
@@ -37,9 +40,10 @@ from saes.sae import SAE
 
 K, LR = 32, 2e-3
 MEANINGFUL, OTHER_CUTS = 2.5, (2.0, 3.0)
-AXES = ("k", "width", "tokens", "layer")
+AXES = ("k", "narrow", "width", "tokens", "layer")
 PARTS = ("synthetic", *AXES, "poles")
-FULL = ("synthetic", "width", "tokens", "poles")
+FULL = ("synthetic", "narrow", "width", "tokens", "poles")
+DEFAULT = ("synthetic", "k", "narrow", "poles")
 
 
 # ---- known dictionaries ----
@@ -106,6 +110,12 @@ def axis(part: str, store: Any, steps: int) -> dict[str, Point]:
     usual = Point(4 * d, K, steps, hook)
     return {
         "k": {f"k{k}": usual._replace(k=k) for k in (8, K, d // 10)},
+        "narrow": {
+            f"narrow_k{k}_width{d // n}": usual._replace(k=k, width=d // n)
+            for k in (8, K)
+            for n in (8, 4, 2, 1)
+            if 2 * k <= d // n
+        },
         "width": {f"width{m * d}": usual._replace(width=m * d) for m in (2, 4, 8)},
         "tokens": {f"steps{n}": usual._replace(steps=n) for n in (steps // 2, steps, 2 * steps)},
         "layer": {f"{h}": usual._replace(width=4 * store.d(h), hook=h) for h in store.hooks},
@@ -211,12 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--parts",
         nargs="+",
         choices=PARTS,
-        help="default: synthetic k poles; --full: synthetic width tokens poles",
+        help=f"default: {' '.join(DEFAULT)}; --full: {' '.join(FULL)}",
     )
     parser.add_argument("--suite-steps", type=int, default=1500, help="training steps on S4 and S5")
     args = parsed(parser, argv)
     args.steps = args.steps or (600 if args.full else 300)
-    parts = args.parts or (FULL if args.full else ("synthetic", "k", "poles"))
+    parts = args.parts or (FULL if args.full else DEFAULT)
     report = Report("AbsTopK (arXiv 2510.00404)", args.out)
     if "synthetic" in parts:
         with one_thread():
