@@ -41,8 +41,14 @@ def atoms(
     store_name: Annotated[str, typer.Argument(metavar="STORE")] = "latest",
     beside: Annotated[
         list[str] | None,
-        typer.Option(help="Further SAEs beside it, for instance a TopK SAE of the same L0."),
+        typer.Option(help="Further SAEs beside it."),
     ] = None,
+    topk: Annotated[
+        bool,
+        typer.Option(
+            help="A TopK SAE of the same width and L0 beside it, by the schedule of the SAE's own run: trained once, then found."
+        ),
+    ] = True,
     max_rows: Annotated[int, typer.Option(help="Rows of each split for R² and L0.")] = 50_000,
     recovery: Annotated[
         int, typer.Option(help="Codes given to basis pursuit, seconds each; 0 leaves it out.")
@@ -57,7 +63,12 @@ def atoms(
     data = open_store(store_name, workspace)
     others = {name: SAE.load(sae_folder(name, workspace)) for name in beside or []}
     found = evaluate_atoms(
-        SAE.load(sae_folder(sae, workspace)), data, beside=others, max_rows=max_rows, recovery=recovery
+        SAE.load(sae_folder(sae, workspace)),
+        data,
+        beside=others,
+        topk=topk,
+        max_rows=max_rows,
+        recovery=recovery,
     )
     rows = [r for r in found.rows if r["subject"].startswith("atoms:")]
     emit(rows, as_json, "\n".join(atom_lines(rows)))

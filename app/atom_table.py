@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 PREFIX = "atoms:"
@@ -24,6 +25,8 @@ NAMES = {
     "pca": "PCA",
     "kmeans": "k-means",
 }
+TOPK = re.compile(r"topk-(\d+)")
+"""The TopK SAE of the same width and L0, by its k."""
 HEAD = ("", *(title for title, _ in MEASURES.values()))
 
 
@@ -31,16 +34,23 @@ def atom_table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """One tuple of texts a subject, the SAE first; empty where the atoms were never measured."""
     values = {(r["subject"], r["metric"]): r["value"] for r in rows if r["subject"].startswith(PREFIX)}
     subjects = dict.fromkeys(s for s, _ in values)
-    order = sorted(subjects, key=lambda s: (s != f"{PREFIX}sae", s.removeprefix(PREFIX) in NAMES))
+    names = {s: _name(s.removeprefix(PREFIX)) for s in subjects}
+    order = sorted(subjects, key=lambda s: (s != f"{PREFIX}sae", names[s] != s.removeprefix(PREFIX)))
     out = []
     for subject in order:
-        name = subject.removeprefix(PREFIX)
         cells = [
             form.format(values[subject, m]) if (subject, m) in values else ""
             for m, (_, form) in MEASURES.items()
         ]
-        out.append((NAMES.get(name, name), *cells))
+        out.append((names[subject], *cells))
     return out
+
+
+def _name(subject: str) -> str:
+    """For people; that of an SAE which was named to stand beside is its own."""
+    if match := TOPK.fullmatch(subject):
+        return f"TopK, k {match[1]}"
+    return NAMES.get(subject, subject)
 
 
 def atom_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -23,7 +23,7 @@ class Catalogue(NamedTuple):
     corpora: pd.DataFrame  # corpus, documents, held out, tokens
     measures: (
         pd.DataFrame
-    )  # evaluations without the density histogram: sae_id, subject, metric, value, ci_low, ci_high
+    )  # evaluations without the density histogram: sae_id, subject, metric, value, ci_low, ci_high, skip
     bytes: int  # size of the workspace
 
 
@@ -42,7 +42,7 @@ SELECT corpus, string_agg(DISTINCT source, ', ' ORDER BY source) AS source, coun
 FROM docs GROUP BY corpus ORDER BY corpus
 """
 _MEASURES = """
-SELECT sae_id, store, hook, subject, metric, value, n, ci_low, ci_high
+SELECT sae_id, store, hook, subject, metric, value, n, ci_low, ci_high, skip
 FROM evaluations WHERE NOT ends_with(metric, '_count') ORDER BY created DESC, sae_id
 """
 
@@ -131,3 +131,10 @@ def measure_table(measures: pd.DataFrame, sae_id: str) -> pd.DataFrame:
     wide = part.pivot_table(index="subject", columns="metric", values="value", aggfunc="first")
     order = sorted(wide.index, key=lambda s: (s != "sae", s in ("untrained", "initial"), s != "untrained", s))
     return wide.loc[[s for s in order if s != "model" and not s.startswith("atoms:")]]
+
+
+def rows_left_out(measures: pd.DataFrame, sae_id: str) -> str:
+    """`skip` of this SAE's evaluation; older ones, which do not say it, left out position 0."""
+    mine = (measures["sae_id"] == sae_id) & (measures["subject"] == "sae") & (measures["metric"] == "fvu")
+    said = measures[mine]["skip"].dropna()
+    return str(said.iloc[0]) if len(said) else "first"

@@ -21,7 +21,6 @@ from app.sae_commands import open_command, sae
 from app.store_commands import store
 from cache.errors import AtomscopeError, UsageError
 from cache.workspace import workspace_path
-from saes.presets import PRESETS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,7 +67,7 @@ def train(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with saes:, train: and grid:.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRESETS)}; default topk. Without a YAML file.")
+        str | None, typer.Option(help=f"{', '.join(jobs.NAMES)}; default topk. Without a YAML file.")
     ] = None,
     d_sae: Annotated[int | None, typer.Option("--d-sae", help="Latents.")] = None,
     k: Annotated[int | None, typer.Option(help="Active latents a token.")] = None,
@@ -164,6 +163,13 @@ def evaluate(
     token_classes: Annotated[
         bool, typer.Option(help="Also on template tokens, position 0 and content apart.")
     ] = False,
+    skip: Annotated[
+        str,
+        typer.Option(
+            help="Rows left out: first, special, not_assistant, several joined by +, or none. own: what the SAE's conventions "
+            "say, position 0 unless it was trained on it."
+        ),
+    ] = "own",
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
@@ -176,7 +182,8 @@ def evaluate(
 
     data, loaded = open_store(store_name, workspace), SAE.load(sae_folder(sae, workspace))
     lm = load_model(model or data.model_source, workspace=data.workspace) if max_tokens else None
-    result = run(loaded, data, lm, max_tokens=max_tokens, token_classes=token_classes)
+    rows = None if skip == "none" else skip
+    result = run(loaded, data, lm, max_tokens=max_tokens, token_classes=token_classes, skip=rows)
     lines = evaluation_lines(result.rows) + (class_lines(result.rows) if token_classes else [])
     emit(result.rows, as_json, "\n".join(lines))
 

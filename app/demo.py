@@ -219,4 +219,7 @@ def evaluation_lines(rows: list[dict[str, Any]]) -> list[str]:
         for v in ("clean", "zero", "mean")
         if ("model", f"ce_{v}") in values
     ]
-    return [*lines, f"cross-entropy of the model, nats: {', '.join(clean)}"] if clean else lines
+    if clean:
+        lines.append(f"cross-entropy of the model, nats: {', '.join(clean)}")
+    others = sorted({str(r.get("skip") or "first") for r in rows} - {"first"})
+    return lines + [f"rows left out: {skip}" for skip in others]

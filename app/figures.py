@@ -274,7 +274,7 @@ def frontier(
     saes, controls = known[known["subject"] == "sae"], known[known["subject"] != "sae"]
     best = saes[saes["best_ce" if measure == "delta_ce" else "best_fvu"]].sort_values("l0")
     accent = _theme.palette(theme).accent
-    for _, line in best.groupby(["store", "hook"]):
+    for _, line in best.groupby(["store", "hook", "skip"]):
         fig.add_scatter(
             x=line["l0"],
             y=line[measure],

@@ -20,6 +20,8 @@ from saes.presets import PRESETS
 
 FAST = "fast"
 """As a preset: TopK on FAST's data path. Beside another preset it is `data: fast` (docs/fast.md)."""
+NAMES = (*PRESETS, FAST)
+"""What `preset` may be."""
 
 
 def read_job(path: Path | None) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _sae(entry: dict[str, Any]) -> SAEConfig:
     if preset == FAST:
         preset, entry = "topk", {"data": "fast"} | entry
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise UsageError(f"no preset {preset!r}: there are {', '.join(PRESETS)}, {FAST}")
+        raise UsageError(f"no preset {preset!r}: there are {', '.join(NAMES)}")
     # a preset is its activation, except that of GBA, which has two forms
     known = set(SAEConfig.__dataclass_fields__) - ({"activation"} if preset != "gba" else set())
     unknown = sorted(set(entry) - known)
@@ -166,7 +168,9 @@ def estimate(
     # a threshold lets half of the latents through at first: eight dense tensors of a batch; AuxK on half of the latents: four
     dense = [32 * c.d_sae * (not c.has_k) + 8 * c.d_sae * (c.auxk > 0 and c.has_k) for c in saes]
     batch += config.batch_size * max(dense)
-    memory = 16 * parameters + window + batch + 3 * 128 * 2**20 + 4 * largest
+    # bf16 screening keeps a copy of the encoder
+    half = 2 * d_model * sum(c.d_sae for c in saes) * (config.screen != "off")
+    memory = 16 * parameters + half + window + batch + 3 * 128 * 2**20 + 4 * largest
     checkpoint = 12 * parameters
     return {
         "parameters": parameters,

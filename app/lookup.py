@@ -11,6 +11,7 @@ import typer
 
 from cache.errors import AtomscopeError, MissingDataError, UsageError
 from cache.workspace import read_json, workspace_path
+from saes.presets import CONTROL
 
 Workspace = Annotated[
     Path | None,
@@ -82,8 +83,8 @@ def saved_saes(root: Path) -> list[SavedSAE]:
 def sae_folder(name: str, workspace: Path | None) -> Path:
     """The one SAE folder that a name means; a release:id is brought into the workspace.
 
-    A name is a folder, `run/sae`, a run with one SAE, an SAE's own name, an sae_id or its beginning, or `latest`. Raises
-    UsageError where several SAEs have it, MissingDataError where none has.
+    A name is a folder, `run/sae`, a run with one SAE, an SAE's own name, an sae_id or its beginning, or `latest` (no control
+    that was trained to stand beside another SAE). Raises UsageError where several SAEs have it, MissingDataError where none has.
     """
     path = Path(name)
     if _is_sae(path):
@@ -103,7 +104,8 @@ def sae_folder(name: str, workspace: Path | None) -> Path:
     root = workspace_path(workspace, create=False)
     found = saved_saes(root)
     if name == "latest" and found:
-        return found[-1].folder
+        own = [s for s in found if not s.name.partition("-")[2].startswith(CONTROL)]
+        return (own or found)[-1].folder
     matches = _named(name, found)
     if not matches:
         raise MissingDataError(_nothing(name, root, found))

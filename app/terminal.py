@@ -70,6 +70,7 @@ def frontier_lines(table: Any) -> list[str]:
     lines = [f"{'SAE':<34}{'store':<10}{'L0':>8}{'FVU':>9} {'delta CE':>9} {'95 % interval':>17}"]
     for r in table.to_dict("records"):
         name = f"{r['name']} {r['sae_id'][:6]}" if r["subject"] == "sae" else f"  {r['subject']}"
+        name += "" if r["skip"] == "first" else f", skip {r['skip']}"
         cells = [f"{r[m]:.{d}f}" if r[m] == r[m] else "" for m, d in (("l0", 1), ("fvu", 4), ("delta_ce", 3))]
         interval = (
             f"{r['ci_low']:.3f} to {r['ci_high']:.3f}" if r["ci_low"] == r["ci_low"] and r["ci_low"] else ""

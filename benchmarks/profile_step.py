@@ -24,16 +24,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_train as bench
 from saes import presets
+from saes.products import COLUMNS
 from saes.trainer import Trainer
 
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+ENCODER = "product of the encoder"
 PARTS = {
-    "encoder product": ("aten::addmm",),
-    "selection (group maxima, top-k, gathers)": ("aten::topk", "aten::amax", "aten::gather", "aten::index_select", "aten::take"),
-    "dot products at chosen latents (value gradients, rescoring)": ("aten::_embedding_bag_per_sample_weights_backward",),
+    "encoder product": (ENCODER,),
+    "selection (group maxima, top-k, gathers)": (
+        "aten::topk", "aten::amax", "aten::gather", "aten::index_select", "aten::take", "aten::nonzero", "aten::index",
+        "aten::clamp_min_", "aten::bitwise_and_",
+    ),
+    "dot products at chosen latents (value gradients, rescoring)": (
+        "aten::_embedding_bag_per_sample_weights_backward", "aten::sparse_sampled_addmm",
+    ),
     "decode and weight gradients (embedding bags)": (
         "aten::_embedding_bag_forward_only", "aten::_embedding_bag", "aten::addcmul", "aten::sort", "aten::bincount",
     ),
-    "AuxK products, bias gradient": ("aten::mm", "aten::mv", "aten::addmv"),
+    "AuxK products, bias gradient": (*PRODUCTS, "aten::mv", "aten::addmv"),
     "Adam with the clip": ("aten::_fused_adam_",),
     "norms of gradients and decoder rows": ("aten::linalg_vector_norm",),
     "casts and copies": ("aten::copy_",),
@@ -41,16 +49,23 @@ PARTS = {
 
 
 class Clock(TorchDispatchMode):
-    """CPU milliseconds of this thread by operator, of everything that runs under it, backward included."""
+    """CPU milliseconds of this thread by operator, of everything that runs under it, backward included.
 
-    def __init__(self) -> None:
+    d_sae: a product of that width, or of a block of latents, is the encoder's.
+    """
+
+    def __init__(self, d_sae: int) -> None:
         super().__init__()
+        self.widths = d_sae, COLUMNS
         self.ms: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = time.thread_time()
         out = func(*args, **(kwargs or {}))
-        self.ms[func.name().split(".")[0]] += (time.thread_time() - start) * 1e3
+        name = func.name().split(".")[0]
+        if name in PRODUCTS and out.shape[-1] in self.widths:
+            name = ENCODER
+        self.ms[name] += (time.thread_time() - start) * 1e3
         return out
 
 
@@ -60,7 +75,7 @@ def shares(trainer: Trainer, x: torch.Tensor, steps: int) -> dict[str, float]:
     seen: dict[str, list[float]] = defaultdict(list)
     for i in range(steps + 2):
         start = time.thread_time()
-        with Clock() as clock:
+        with Clock(trainer.cfg.d_sae) as clock:
             trainer.step(x, i)
         parts = dict.fromkeys([*PARTS, "rest"], 0.0)
         for op, ms in clock.ms.items():

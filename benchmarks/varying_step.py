@@ -1,4 +1,4 @@
-"""The training step of SAEs of varying L0, exact and with bf16 screening, in units of the encoder product.
+"""The training step of SAEs of varying L0 (and of TopK), exact and with bf16 screening, in units of the encoder product.
 
 In one run and in turns (product, exact, screened, next SAE ...): d_model 576, batch 2,048, a mean L0 of 32, AuxK with 5 % of
 the latents dead where the SAE has it. Thresholds of JumpReLU and GBA are put where the mean L0 of the rows is 32, as
@@ -37,6 +37,7 @@ from saes.top_products import Scratch
 from saes.trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"k": K},
     "batch_topk": {"k": K},
     "batch_abs_topk": {"k": K},
     "matryoshka": {"k": K},
@@ -63,6 +64,7 @@ def trainer_of(x: torch.Tensor, cfg: SAEConfig, screen: str) -> Trainer:
     return trainer
 
 
+@torch.no_grad()
 def compared(exact: Trainer, x: torch.Tensor) -> tuple[float, float]:
     """Entries computed by kept ones, and the share on which the screened and the exact selection of one batch differ."""
     s, xc = exact.sae, exact.input_rows(x) - exact.sae.centre
@@ -73,6 +75,10 @@ def compared(exact: Trainer, x: torch.Tensor) -> tuple[float, float]:
     for screen in screens:
         computed.clear()
         selection.sampled_dots = lambda *a: computed.append(len(a[2])) or real(*a)  # type: ignore[func-returns-value]
+        if s.cfg.fixed_k:
+            rows = torch.arange(len(x))[:, None] * s.cfg.d_sae
+            entries.append((screen(*weights, K, signed=s.cfg.signed)[1] + rows).view(-1))
+            continue
         if s.cfg.has_k:
             found = screen.largest(*weights, len(x) * s.cfg.k, signed=s.cfg.signed, scratch=scratch)
         else:

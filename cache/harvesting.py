@@ -3,7 +3,8 @@
 A shard is a range of sequences. Within it, sequences are sorted by length and cut into batches of about
 `batch_tokens` padded tokens; the vectors of the real tokens are checked, cast on the device and put at their place
 in (seq, pos) order. A full shard goes to the writer thread. (hook, shard) pairs that are committed are skipped, so
-a harvest that was stopped, killed, or asked for one more hook does only what is missing.
+a harvest that was stopped, killed, or asked for one more hook does only what is missing. One process at a time harvests a
+hook: it holds a lock, which goes with the process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -24,6 +25,7 @@ from cache.errors import DataError, UsageError
 from cache.progress import progress
 from cache.protocol import HookedModel
 from cache.store import ActivationStore
+from cache.workspace import only_one
 from cache.writer import TORCH_DTYPE
 
 BATCH_TOKENS = 2048
@@ -147,7 +149,7 @@ def harvest(
 
     `dtype` is fp16, bf16, fp32 or auto. With `dry_run` nothing is stored, and an `Estimate` of what is missing comes
     back: tokens, disk, peak memory and seconds. `store.last_run` tells tokens, seconds, forward_seconds and write_seconds
-    (the writer's thread, in parallel to the model).
+    (the writer's thread, in parallel to the model). Raises AtomscopeError where another process harvests one of the hooks.
     """
     started = time.monotonic()
     wanted = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
@@ -161,21 +163,42 @@ def harvest(
             rows_per_shard=rows_per_shard, dtype=dtype,
         )  # fmt: skip
     store = ActivationStore.create(
-        workspace,
-        identity,
-        corpus,
-        rows_per_shard=rows_per_shard,
-        model_source=model.source,
+        workspace, identity, corpus, rows_per_shard=rows_per_shard, model_source=model.source
     )
-    dtypes = _known_dtypes(store, wanted, dtype)
-    missing = {h: set(range(len(store.shards))) - store.committed(h) for h in wanted}
-    todo = [s for s in range(len(store.shards)) if any(s in missing[h] for h in wanted)]
+    _known_dtypes(store, wanted, dtype)  # refuses another one before anything else
     store.last_run = {"tokens": 0, "seconds": 0.0, "forward_seconds": 0.0, "write_seconds": 0.0}
-    if not todo:
-        return store
+    with ExitStack() as held:
+        for hook in sorted(h for h, shards in _missing(store, wanted).items() if shards):
+            # not the hook's own folder, which all writers share (cache/writer.py)
+            lock = store.path / "locks" / store.folder(hook).name
+            held.enter_context(only_one(lock, f"{hook} is being harvested"))
+            store.records(hook, refresh=True)  # another process may have added to it until just now
+        _fill(model, store, wanted, _known_dtypes(store, wanted, dtype), batch_tokens, show_progress)
+    if store.last_run["tokens"]:
+        store.last_run["seconds"] = time.monotonic() - started
+    return store
 
+
+def _missing(store: ActivationStore, hooks: list[str]) -> dict[str, set[int]]:
+    """Shards that are not committed, of each hook."""
+    return {h: set(range(len(store.shards))) - store.committed(h) for h in hooks}
+
+
+def _fill(
+    model: HookedModel,
+    store: ActivationStore,
+    wanted: list[str],
+    dtypes: dict[str, torch.dtype],
+    batch_tokens: int,
+    show_progress: bool,
+) -> None:
+    """Harvest what is missing, and say in `store.last_run` what that took."""
+    missing, corpus = _missing(store, wanted), store.corpus
+    todo = [s for s in range(len(store.shards)) if any(s in missing[h] for h in wanted)]
+    if not todo:
+        return
     probed = [h for h in wanted if h not in dtypes]
-    dtypes |= probed_dtypes(model, corpus, store.shards[todo[0]][:2], probed)
+    dtypes = dtypes | probed_dtypes(model, corpus, store.shards[todo[0]][:2], probed)
     rows = sum(store.shards[s][3] - store.shards[s][2] for s in todo)
     done = corpus.n_tokens - rows
     shown = progress("harvest", corpus.n_tokens, unit="tok", done=done) if show_progress else nullcontext()
@@ -192,13 +215,7 @@ def harvest(
             forward_seconds, pending = forward_seconds + seconds, len(values)
             for hook, x in values.items():
                 writer.submit(shard, hook, x)
-    store.last_run = {
-        "tokens": rows,
-        "seconds": time.monotonic() - started,
-        "forward_seconds": forward_seconds,
-        "write_seconds": writer.seconds,
-    }
-    return store
+    store.last_run |= {"tokens": rows, "forward_seconds": forward_seconds, "write_seconds": writer.seconds}
 
 
 class _Buffers:

@@ -21,6 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from cache.devices import known_device
 from cache.errors import DataError, MissingDataError, UsageError
 from cache.filters import row_classes
 from cache.workspace import canonical_json
@@ -150,7 +151,7 @@ class Stream(Iterator[Batch]):
         self.epoch = self.window = self.offset = 0
         if state is not None:
             self._restore(state)
-        self._allocate(dtype, torch.device(device or "cpu"))
+        self._allocate(dtype, known_device("cpu" if device is None else device))
         self._pool = ThreadPoolExecutor(1, "stream") if prefetch else None
         self._pending: Future[None] | None = None
 

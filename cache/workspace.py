@@ -95,6 +95,22 @@ def locked(folder: Path, *, exclusive: bool = False, without: bool = False) -> I
 
 
 @contextlib.contextmanager
+def only_one(folder: Path, what: str) -> Iterator[None]:
+    """Be the only process that holds this folder, which is made if need be; the lock goes with the process.
+
+    what: the sentence before "by another process". Raises AtomscopeError where another one holds it. Without locks in the
+    file system nobody is refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, exclusive=True, without=True) as alone:
+        if not alone:
+            raise AtomscopeError(
+                f"{what} by another process: wait for it, or stop it to go on here ({folder})"
+            )
+        yield
+
+
+@contextlib.contextmanager
 def scratch_for(path: Path) -> Iterator[Path]:
     """A locked folder in `_tmp` in which to make `path`; it is removed at the end, whatever happened."""
     path.parent.mkdir(parents=True, exist_ok=True)

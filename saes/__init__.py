@@ -19,6 +19,7 @@ _EXPORTS = {
     "attach": "saes.splice",
     "evaluate": "saes.evaluation",
     "evaluate_atoms": "saes.atoms",
+    "matched_topk": "saes.topk_control",
     "build_index": "saes.indexing",
     "FeatureIndex": "saes.queries",
     "build_proxies": "saes.proxies",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from saes.splice import attach as attach
     from saes.synthetic import Suite as Suite
     from saes.synthetic import make_suite as make_suite
+    from saes.topk_control import matched_topk as matched_topk
     from saes.training import TrainResult as TrainResult
     from saes.training import train as train
 

@@ -24,7 +24,8 @@ from saes.gradients import GradientBuffers
 from saes.kernels import Dead, StepOutput, Support, decode_from, encode_at
 from saes.products import decode_dense, encode_dense
 from saes.row_topk import keep_largest
-from saes.selection import DENSE_SHARE, above_threshold, batch_largest
+from saes.screening import Screen
+from saes.selection import DENSE_SHARE, above_threshold
 from saes.top_products import Also, Scratch, top_pre_activations
 
 
@@ -84,7 +85,7 @@ def training_step(
     x: Tensor,
     *,
     dead: Dead | None = None,
-    select: Any = top_pre_activations,
+    select: Screen | None = None,
     eps: float = 1.0,
     scratch: Scratch | None = None,
     into: GradientBuffers | None = None,
@@ -92,19 +93,19 @@ def training_step(
 ) -> StepOutput:
     """Forward pass of training of an `SAE` on rows x `[B, d_model]`, differentiable in its parameters and x.
 
-    `select` finds the k latents of a row (topk, abs_topk); eps is the rectangle's width in units of u (jumprelu). With
+    `select` finds the latents to store, in float32 throughout without it; eps is the rectangle's width in units of u (jumprelu). With
     `into`, a sparse step's gradients of W_enc and W_dec (less its radial part) go there. half: products of dense steps are
     made in bfloat16.
     """
-    cfg, scratch = sae.cfg, scratch or Scratch()
+    cfg, scratch, select = sae.cfg, scratch or Scratch(), select or Screen(enabled=False)
     with torch.no_grad():
         xc = x - sae.centre
     if cfg.has_k:
         return _top(sae, x, xc, dead, select, scratch, into)
     if cfg.bias_rule == "gba":
-        return _adapted(sae, x, xc, scratch, half)
+        return _adapted(sae, x, xc, select, scratch, half)
     low = torch.zeros_like(sae.b_enc) if cfg.activation != "jumprelu" else sae.threshold.detach() - eps / 2
-    pre = _pre_above(sae, x, xc, low, dead, scratch, into, half)
+    pre = _pre_above(sae, x, xc, low, dead, select, scratch, into, half)
     if cfg.activation == "gated":
         return _gated(sae, x, pre)
     if cfg.activation == "relu":
@@ -122,7 +123,7 @@ def _top(
     x: Tensor,
     xc: Tensor,
     dead: Dead | None,
-    select: Any,
+    select: Screen,
     scratch: Scratch,
     into: GradientBuffers | None = None,
 ) -> StepOutput:
@@ -137,7 +138,7 @@ def _top(
                 indices, order = indices.sort(dim=1)
                 found = found.gather(1, order)
     else:
-        found, indices, offsets = batch_largest(
+        found, indices, offsets = select.largest(
             xc, sae.W_enc, sae.b_enc, len(x) * cfg.k, signed=cfg.signed, scratch=scratch
         )
     support = Support(indices, cfg.d_sae, offsets, into)
@@ -152,11 +153,12 @@ def _pre_above(
     xc: Tensor,
     low: Tensor,
     dead: Dead | None,
+    select: Screen,
     scratch: Scratch,
     into: GradientBuffers | None = None,
     half: bool = False,
 ) -> _Pre:
-    found = above_threshold(xc, sae.W_enc, sae.b_enc, low, scratch=scratch, dense_share=DENSE_SHARE)
+    found = select.above(xc, sae.W_enc, sae.b_enc, low, scratch=scratch, dense_share=DENSE_SHARE)
     if found is None:
         u = encode_dense(x - sae.centre, sae.W_enc, sae.b_enc, half=half)
         return _Pre(u, None if dead is None else u[:, dead.ids], None, half)
@@ -165,10 +167,10 @@ def _pre_above(
     return _Pre(u, u_dead, support)
 
 
-def _adapted(sae: Any, x: Tensor, xc: Tensor, scratch: Scratch, half: bool) -> StepOutput:
+def _adapted(sae: Any, x: Tensor, xc: Tensor, select: Screen, scratch: Scratch, half: bool) -> StepOutput:
     """GBA: biases are data to a step, decoder rows are a_m w_m (saes/gba.py); `values` are z without a_m."""
     low = inference_threshold(sae)
-    pre = _pre_above(sae, x, xc, low, None, scratch, half=half)
+    pre = _pre_above(sae, x, xc, low, None, select, scratch, half=half)
     z = pre.u * (pre.u > pre.of(low))
     out = _reconstruct(sae, pre, z * pre.of(sae.gain), None, sae.W_enc)
     return out._replace(values=z.detach())

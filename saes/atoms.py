@@ -1,4 +1,4 @@
-"""`evaluate_atoms`: are an SAE's decoder rows atoms in the sense of arXiv 2509.20784? Measured beside five controls.
+"""`evaluate_atoms`: are an SAE's decoder rows atoms in the sense of arXiv 2509.20784? Measured beside its controls.
 
     q*       stability of unique sparse codes (saes/coherence.py) in the AIP of the train rows, at the L0s of held-out rows;
              its excess over random unit atoms and over a tight frame of the same shape at the same L0s is the figure
@@ -6,8 +6,8 @@
     pursuit  R^2 of the dictionary alone: matching pursuit with the SAE's mean L0, the same coder for every control
     l1       share of held-out codes that basis pursuit recovers exactly from their sum of atoms
 
-Controls: random unit atoms (isotropic in the AIP), a tight frame (q* only), PCA, k-means centroids, and any SAEs given,
-such as a TopK SAE of the same L0. R^2 leaves out attention sinks (rows of more than SINK_RATIO times the mean norm, which
+Controls: random unit atoms (isotropic in the AIP), a tight frame (q* only), PCA, k-means centroids, with `topk` a TopK SAE
+of the same width and L0, which is trained for it (saes/topk_control.py), and any SAEs given. R^2 leaves out attention sinks (rows of more than SINK_RATIO times the mean norm, which
 hold most of the variance); `r2_all_*` has them. Whitened data of any kind has pairwise angles about 90 degrees:
 `angle_centre` is a check of the estimate.
 """
@@ -32,6 +32,7 @@ from saes.evaluation import Evaluation, check_fit, save_evaluation
 from saes.metrics import SINK_RATIO, Reconstruction
 from saes.pursuit import matching_pursuit, recovers
 from saes.sae import SAE
+from saes.topk_control import matched_topk
 
 PREFIX = "atoms:"
 """Subjects of these rows begin with it, so that other tables can leave them out."""
@@ -71,6 +72,7 @@ def evaluate_atoms(
     store: Any,
     *,
     beside: Mapping[str, SAE] | None = None,
+    topk: bool = False,
     aip: AIP | None = None,
     max_rows: int = 50_000,
     pursuit_rows: int = 512,
@@ -79,20 +81,12 @@ def evaluate_atoms(
 ) -> Evaluation:
     """Measure a folded SAE's atoms on `store` and add the rows to its evaluation; subjects are `atoms:...`.
 
-    beside: further SAEs by name, for instance a TopK SAE of the same L0. aip: default that of the store's train rows.
-    recovery: codes given to basis pursuit, a linear program each; 0 leaves it out. Raises DataError where the SAE does
-    not fit the store.
+    beside: further SAEs by name. topk: also a TopK SAE of the same width and L0, subject `atoms:topk-<k>`, which is trained
+    in the store's workspace unless it is there. aip: default that of the store's train rows. recovery: codes given to basis
+    pursuit, a linear program each; 0 leaves it out. Raises DataError where the SAE does not fit the store.
     """
     subjects = {"sae": sae} | dict(beside or {})
-    for one in subjects.values():
-        if one.cfg.transcoder:
-            raise UsageError(
-                f"{one.cfg.label} is a transcoder: atoms are of the rows that are rebuilt, give an SAE"
-            )
-        if (read := check_fit(one, store)) != (hook := check_fit(sae, store)):
-            raise DataError(
-                f"{one.cfg.label} reads {read}, the SAE that it stands beside {hook}: give SAEs of one hook"
-            )
+    hook = _common_hook(subjects, store)
     aip = aip or store_aip(store, hook)
     if len(aip.root) != sae.cfg.d_model:
         raise DataError(
@@ -100,6 +94,9 @@ def evaluate_atoms(
         )
     samples = [_sample(store, hook, split, pursuit_rows) for split in ("train", "heldout")]
     job = _Job(store, hook, aip, samples, max_rows, recovery, seed)
+    control = matched_topk(sae, store) if topk else None
+    if control is not None:
+        subjects[f"topk-{control.k}"] = control.sae
     rows = [_row("sae", f"aip_{m}", aip.record[m], aip.record["rows"]) for m in _AIP_FIELDS]
     for name, one in subjects.items():
         found, l0, codes = _sae_rows(job, name, one)
@@ -110,6 +107,22 @@ def evaluate_atoms(
         if name == "sae":
             rows += _control_rows(job, one, l0, codes)
     return save_evaluation(sae, store, hook, rows)
+
+
+def _common_hook(subjects: Mapping[str, SAE], store: Any) -> str:
+    """The hook that all of them read, the first of them the SAE itself."""
+    hook = ""
+    for one in subjects.values():
+        if one.cfg.transcoder:
+            raise UsageError(
+                f"{one.cfg.label} is a transcoder: atoms are of the rows that are rebuilt, give an SAE"
+            )
+        read = check_fit(one, store)
+        if (hook := hook or read) != read:
+            raise DataError(
+                f"{one.cfg.label} reads {read}, the SAE that it stands beside {hook}: give SAEs of one hook"
+            )
+    return hook
 
 
 _AIP_FIELDS = ("condition", "condition_ridged", "angle_centre", "angle_centre_euclid", "angle_change")

@@ -88,9 +88,8 @@ def check(sae: SAE, store: Any, *, max_rows: int = 20_000) -> Check:
 
 def _sample(sae: SAE, store: Any, hook: str, max_rows: int) -> Tensor:
     """Rows in order of the store; position 0 only where the SAE was trained on it."""
-    skip = None if sae.conventions.skip_first is False else "first"
     found: list[Tensor] = []
-    for batch in store.sequential(hook, batch_size=BATCH_ROWS, split=None, skip=skip):
+    for batch in store.sequential(hook, batch_size=BATCH_ROWS, split=None, skip=sae.conventions.skip):
         found.append(batch.x[hook].clone())
         if sum(map(len, found)) >= max_rows:
             break

@@ -271,7 +271,7 @@ _NAMES = ("name", "run", "activation", "d_sae", "k", "seed", "tokens")
 def frontier(workspace: Path) -> pd.DataFrame:
     """L0, FVU and delta CE of every evaluated SAE and its controls, best_fvu and best_ce marking the Pareto frontiers.
 
-    Only SAEs on the same store and hook are held against each other. PCA counts as an L0 of its number of components.
+    Only SAEs on the same rows (store, hook, skip) are held against each other. PCA counts as an L0 of its number of components.
     """
     names, rows = _sae_names(workspace), []
     for path in sorted(workspace.glob("evaluations/*.parquet")):
@@ -284,11 +284,11 @@ def frontier(workspace: Path) -> pd.DataFrame:
         if (table["subject"] == "untrained").any():  # `random` is what it was called before
             table = table[table["subject"] != "random"]
         rows += _evaluated(table.replace({"subject": {"random": "untrained"}}), names)
-    columns = ["sae_id", "subject", *_NAMES, "store", "hook", *_MEASURES, "ci_low", "ci_high"]
+    columns = ["sae_id", "subject", *_NAMES, "store", "hook", "skip", *_MEASURES, "ci_low", "ci_high"]
     frame = pd.DataFrame(rows, columns=columns)
     for mark, measure in (("best_fvu", "fvu"), ("best_ce", "delta_ce")):
         frame[mark] = False
-        for _, group in frame[frame["subject"] == "sae"].groupby(["store", "hook"]):
+        for _, group in frame[frame["subject"] == "sae"].groupby(["store", "hook", "skip"]):
             frame.loc[group.index, mark] = _undominated(group["l0"], group[measure])
     return frame.sort_values(["store", "hook", "l0", "fvu"]).reset_index(drop=True)
 
@@ -299,7 +299,9 @@ def _evaluated(table: pd.DataFrame, names: dict[str, dict[str, Any]]) -> list[di
         if subject == "model" or subject.startswith("atoms:"):
             continue
         values = part.drop_duplicates("metric").set_index("metric")
+        skip = values["skip"].get("fvu") if "skip" in values else None  # older files do not say it
         row: dict[str, Any] = {"sae_id": sae_id, "subject": subject, "store": store, "hook": hook}
+        row["skip"] = skip if isinstance(skip, str) else "first"
         row |= names.get(sae_id, {"name": sae_id})
         row |= {m: float(values["value"][m]) for m in _MEASURES if m in values.index}
         if "delta_ce" in values.index:

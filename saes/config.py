@@ -352,7 +352,7 @@ class TrainConfig(_Config):
     dead_refresh_steps: int = 50
     """Steps between two refreshes of the list of dead latents."""
     screen: Literal["auto", "on", "off"] = "auto"
-    """bf16 screening of the encoder. auto: from 4,096 latents on, where the device multiplies bf16 fast."""
+    """bf16 screening of the encoder. auto: from 2,048 latents on, where the device multiplies bf16 fast."""
     autocast: Literal["auto", "on", "off"] = "auto"
     """bf16 products of AuxK and of steps on dense tensors (relu, gated, early jumprelu). auto: on a GPU."""
     seed: int = 0

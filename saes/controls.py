@@ -30,11 +30,11 @@ class PCA:
         return (self.mean + (xc @ self.components.T) @ self.components).to(home), None
 
 
-def fit_pca(store: Any, hook: str, k: int, *, batch_size: int = 8192) -> PCA:
+def fit_pca(store: Any, hook: str, k: int, *, batch_size: int = 8192, skip: str | None = "first") -> PCA:
     """PCA of up to CONTROL_ROWS train rows, covariance in float64."""
     d, n = store.d(hook), 0
     total, outer = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
-    for batch in store.sequential(hook, batch_size=batch_size, split="train", skip="first"):
+    for batch in store.sequential(hook, batch_size=batch_size, split="train", skip=skip):
         x = batch.x[hook].double()
         total += x.sum(0)
         outer += x.T @ x
@@ -70,13 +70,16 @@ class Linear:
         return (xc @ self.down @ self.up + self.mean_y).to(x.device), None
 
 
-def fit_reduced_rank(store: Any, hook: str, target: str, k: int, *, batch_size: int = 8192) -> Linear:
+def fit_reduced_rank(
+    store: Any, hook: str, target: str, k: int, *, batch_size: int = 8192, skip: str | None = "first"
+) -> Linear:
     """Reduced-rank regression of y on x from up to CONTROL_ROWS train rows: least squares, then the k directions in
     which its predictions vary most (Izenman 1975), in float64. Only sums of products are kept."""
     wide, tall, n = store.d(hook), store.d(target), 0
     mean_x, mean_y = torch.zeros(wide, dtype=torch.float64), torch.zeros(tall, dtype=torch.float64)
     xx, xy = mean_x.new_zeros(wide, wide), mean_x.new_zeros(wide, tall)
-    for rows, wanted, _ in paired_rows(store, hook, target, batch_size=batch_size, split="train"):
+    pairs = paired_rows(store, hook, target, batch_size=batch_size, split="train", skip=skip)
+    for rows, wanted, _ in pairs:
         x, y = rows.double(), wanted.double()
         mean_x += x.sum(0)
         mean_y += y.sum(0)
@@ -104,12 +107,12 @@ class Dictionary:
         return self.sae.decode(codes).to(x.device), codes
 
 
-def matched_k(sae: SAE, store: Any, hook: str) -> int:
+def matched_k(sae: SAE, store: Any, hook: str, skip: str | None = "first") -> int:
     """Active latents that the controls may use: k, or where it varies the mean L0 of up to LEVEL_ROWS held-out rows."""
     if sae.cfg.fixed_k:
         return sae.cfg.k
     total = n = 0
-    for batch in store.sequential(hook, batch_size=4096, split="heldout", skip="first"):
+    for batch in store.sequential(hook, batch_size=4096, split="heldout", skip=skip):
         codes = sae.encode(batch.x[hook].to(sae.W_enc.device))
         total, n = total + int(codes.l0().sum()), n + codes.n_rows
         if n >= LEVEL_ROWS:
@@ -117,7 +120,9 @@ def matched_k(sae: SAE, store: Any, hook: str) -> int:
     return min(max(1, round(total / max(n, 1))), sae.cfg.d_sae)
 
 
-def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int = 1) -> Dictionary:
+def untrained_dictionary(
+    sae: SAE, store: Any, hook: str, k: int, *, seed: int = 1, skip: str | None = "first"
+) -> Dictionary:
     """A TopK dictionary of the same shape that keeps k latents of random unit atoms (tied encoder, best single scale).
 
     Beside a TopK SAE it differs from the control `initial` in the draw of the atoms alone, hence another seed.
@@ -129,7 +134,7 @@ def untrained_dictionary(sae: SAE, store: Any, hook: str, k: int, *, seed: int =
         encoder_init="scaled",
     )).to(sae.W_enc.device)  # fmt: skip
     target = cfg.out_hook if cfg.transcoder else hook
-    for x, y, _ in paired_rows(store, hook, target, batch_size=8192, split="train"):
+    for x, y, _ in paired_rows(store, hook, target, batch_size=8192, split="train", skip=skip):
         x, y = x.to(sae.W_enc.device), y.to(sae.W_enc.device)
         if not cfg.transcoder:
             initialise(untrained, x, seed=seed)

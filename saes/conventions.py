@@ -37,6 +37,11 @@ class Conventions:
     source: str = ""
     """Format and reference it was read from; empty: trained here."""
 
+    @property
+    def skip(self) -> str | None:
+        """Rows left out of what is measured, as a stream's `skip`: position 0, unless it was part of training."""
+        return None if self.skip_first is False else "first"
+
     def to_metadata(self) -> dict[str, Any]:
         """Under SAELens's names where it has them; what was not stated is left out."""
         stated = {

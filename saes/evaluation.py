@@ -14,6 +14,7 @@ transcoder `linear-k`, the best linear map through k numbers (reduced-rank regre
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from cache.errors import DataError, MissingDataError
+from cache.filters import row_classes
 from cache.workspace import atomic_file
 from saes.controls import (
     Dictionary,
@@ -42,6 +44,8 @@ from saes.token_classes import token_class_rows
 from saes.weights import weight_values
 
 BATCH_ROWS = 4096
+OWN = "own"
+"""As `skip`: the rows that the SAE's own conventions leave out."""
 
 
 @dataclass(frozen=True)
@@ -74,45 +78,71 @@ def evaluate(
     max_rows: int = 500_000,
     controls: bool = True,
     token_classes: bool = False,
+    skip: str | None = OWN,
 ) -> Evaluation:
     """Evaluate a folded SAE on `store` and, with `model`, on the model's predictions of at most `max_tokens` tokens.
 
-    `token_classes` adds errors and L0 on template tokens, position 0 and content apart (saes/token_classes.py).
+    `token_classes` adds errors and L0 on template tokens, position 0 and content apart (saes/token_classes.py). `skip`: rows
+    left out of all figures, as of a stream (`first`, `special`, ..., None: none); those of predictions are not spliced either.
+    By default the SAE's own convention: position 0, unless it was trained on it (`Conventions.skip`).
     Writes evaluations/<sae_id>@<store>.parquet in the store's workspace. Raises DataError where the SAE does not
     fit the store, and MissingDataError where the store has no held-out rows.
     """
+    skip = sae.conventions.skip if skip == OWN else skip
+    row_classes(None, skip)  # refuses what is no filter
     hook, out = check_fit(sae, store), target_hook(sae)
     if model is not None:
         store.check_model(model)
     subjects: list[Any] = [Dictionary(sae, "sae")]
     if controls:
-        k = matched_k(sae, store, hook)
-        rank = min(k, sae.cfg.d_model, sae.cfg.width_out)
-        linear = fit_reduced_rank(store, hook, out, rank) if out else fit_pca(store, hook, rank)
-        subjects += [linear, untrained_dictionary(sae, store, hook, k), initial_sae(sae, store, hook)]
-    rows = _reconstruction(subjects, store, hook, out or hook, max_rows) + _firing(sae, store, hook, max_rows)
-    if token_classes:
-        rows += token_class_rows(subjects, store, hook, out, max_rows=max_rows)
+        subjects += _controls(sae, store, hook, out, skip)
+    rows = _reconstruction(subjects, store, hook, out or hook, max_rows, skip)
+    rows += _firing(sae, store, hook, max_rows, skip)
     rows += [{"subject": "sae", "metric": m, "value": v, "n": n} for m, v, n in weight_values(sae)]
     if model is not None:
-        rows += prediction_rows(subjects, store, model, hook, max_tokens, out_hook=out)
+        rows += prediction_rows(subjects, store, model, hook, max_tokens, out_hook=out, skip=skip)
+    rows = [{"skip": skip or "none"} | r for r in rows]
+    if token_classes:  # of every row, whatever the others leave out
+        rows += token_class_rows(subjects, store, hook, out, max_rows=max_rows)
     return save_evaluation(sae, store, hook, rows)
 
 
+def _controls(sae: SAE, store: Any, hook: str, out: str, skip: str | None) -> list[Any]:
+    """The three that stand beside every SAE, fitted to train rows of the kind that is measured."""
+    k = matched_k(sae, store, hook, skip)
+    rank = min(k, sae.cfg.d_model, sae.cfg.width_out)
+    return [
+        fit_reduced_rank(store, hook, out, rank, skip=skip) if out else fit_pca(store, hook, rank, skip=skip),
+        untrained_dictionary(sae, store, hook, k, skip=skip),
+        initial_sae(sae, store, hook, skip=skip),
+    ]
+
+
 def save_evaluation(sae: SAE, store: Any, hook: str, rows: list[dict[str, Any]]) -> Evaluation:
-    """Add rows (subject, metric, value, n and, where there are any, ci_low, ci_high, lo, hi) to those of earlier calls."""
+    """Add rows (subject, metric, value, n and, where there are any, ci_low, ci_high, lo, hi, skip) to those of earlier calls.
+
+    What an earlier call measured on other rows (skip) goes: figures of two kinds of rows do not stand in one table.
+    """
     sae_id, created = sae.sae_id, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     base = {"sae_id": sae_id, "store": store.path.name, "hook": hook, "created": created}
-    columns = {"lo": None, "hi": None, "ci_low": None, "ci_high": None}
+    columns = {"lo": None, "hi": None, "ci_low": None, "ci_high": None, "skip": None}
     rows = [base | columns | r for r in rows]
     path = evaluation_path(sae_id, store)
     # what this call did not measure (predictions without a model, controls) stays from an earlier one
     old = load_evaluation(sae, store)
-    fresh = {(r["subject"], r["metric"]) for r in rows}
-    rows += [r for r in (old.rows if old else []) if (r["subject"], r["metric"]) not in fresh]
+    fresh, skips = {(r["subject"], r["metric"]) for r in rows}, {r["skip"] for r in rows} - {None}
+    kept = [r for r in (old.rows if old else []) if (r["subject"], r["metric"]) not in fresh]
+    rows += [r for r in kept if not skips or _skipped(r) in (None, *skips)]
     with atomic_file(path) as tmp:
         pq.write_table(pa.Table.from_pylist(rows), tmp)
     return Evaluation(rows, path)
+
+
+def _skipped(row: Mapping[str, Any]) -> str | None:
+    """What a row of an evaluation leaves out, `none` for nothing; None: it is of rows of its own (atoms, kinds of token)."""
+    if row["subject"].startswith("atoms:") or "@" in row["metric"]:
+        return None
+    return row.get("skip") or "first"  # files of before it could be chosen
 
 
 def evaluation_path(sae_id: str, store: Any) -> Path:
@@ -173,15 +203,17 @@ def target_hook(sae: SAE) -> str:
 
 
 def _reconstruction(
-    subjects: list[Any], store: Any, hook: str, target: str, max_rows: int
+    subjects: list[Any], store: Any, hook: str, target: str, max_rows: int, skip: str | None
 ) -> list[dict[str, Any]]:
-    stats = store.stats(target, split="train", skip="first")
+    stats = store.stats(target, split="train", skip=skip)
+    # how long a usual row is does not depend on how many sinks are counted in
+    usual_norm = store.stats(target, split="train", skip="first").mean_norm
     mean, seq = torch.as_tensor(stats.mean), store.corpus.column("seq")
     sums = [Reconstruction(store.d(target), mean) for _ in subjects]
     usual = [Reconstruction(store.d(target), mean) for _ in subjects]
-    for x, y, row in paired_rows(store, hook, target, batch_size=BATCH_ROWS, split="heldout"):
+    for x, y, row in paired_rows(store, hook, target, batch_size=BATCH_ROWS, split="heldout", skip=skip):
         context = seq[np.asarray(row)]
-        keep = y.norm(dim=1) <= SINK_RATIO * stats.mean_norm
+        keep = y.norm(dim=1) <= SINK_RATIO * usual_norm
         for subject, s, u in zip(subjects, sums, usual, strict=True):
             y_hat, codes = subject(x)
             s.add(y, y_hat, codes, context)
@@ -202,9 +234,9 @@ def _reconstruction(
     return rows
 
 
-def _firing(sae: SAE, store: Any, hook: str, max_rows: int) -> list[dict[str, Any]]:
+def _firing(sae: SAE, store: Any, hook: str, max_rows: int, skip: str | None) -> list[dict[str, Any]]:
     firing, seq = Firing(sae.cfg.d_sae), store.corpus.column("seq")
-    for batch in store.sequential(hook, batch_size=BATCH_ROWS, split=None, skip="first"):
+    for batch in store.sequential(hook, batch_size=BATCH_ROWS, split=None, skip=skip):
         firing.add(sae.encode(batch.x[hook].to(sae.W_enc.device)), seq[np.asarray(batch.row)])
         if firing.rows >= max_rows:
             break

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cache.provenance import provenance
-from cache.workspace import atomic_file, read_json, write_json
+from cache.workspace import atomic_file, only_one, read_json, write_json
 from saes.encoding import rows_left_out, write_all_codes
 from saes.evaluation import check_fit, target_hook
 from saes.feature_file import write_feature_file
@@ -44,27 +44,41 @@ def build_index(
     With `model` the logit lens (direct effect on the next token) is included. `partial` takes the shards that are
     there, and later calls add those that have come since: only they are encoded, and the result is that of a build
     from nothing. skip: rows left out (`first`, `special`, ... as of a stream). Raises DataError where SAE and store do
-    not fit, MissingDataError where the store is incomplete. An interrupted build goes on at its next shard.
+    not fit, MissingDataError where the store is incomplete, AtomscopeError where another process builds the same index. An
+    interrupted build goes on at its next shard.
     """
     hook = check_fit(sae, store, complete=not partial)
     if model is not None:
         store.check_model(model)
     folder, shards = index_path(sae, store), sorted(store.committed(hook))
-    if (folder / "current.json").is_file() and rows_left_out(folder / "codes") == skip:
-        current = read_json(folder / "current.json")
-        # an index of the first version covers the whole store
-        known = [s for s, _ in current.get("shards", [[s, 0] for s in range(len(store.shards))])]
-        if known == shards and (current["logit_lens"] or model is None):
+
+    def done() -> bool:
+        return _covers(folder, store, shards, skip, lens=model is not None)
+
+    if done():
+        return folder
+    with only_one(folder, "this index is being built"):
+        if done():  # another process finished it just before this one got hold of it
             return folder
-    started = time.time()
-    write_all_codes(sae, store, hook, folder / "codes", shards=shards, skip=skip)
-    meta = _describe(sae, store, hook, model, sae_path)
-    meta |= {"shards": [[s, store.shards[s][2]] for s in shards], "skip": skip}
-    publish(
-        folder, meta, shards=shards, rows=_rows_of(store, shards), tok=store.corpus.column("tok"),
-        w_dec=sae.W_dec, model=model, started=started,
-    )  # fmt: skip
+        started = time.time()
+        write_all_codes(sae, store, hook, folder / "codes", shards=shards, skip=skip)
+        meta = _describe(sae, store, hook, model, sae_path)
+        meta |= {"shards": [[s, store.shards[s][2]] for s in shards], "skip": skip}
+        publish(
+            folder, meta, shards=shards, rows=_rows_of(store, shards), tok=store.corpus.column("tok"),
+            w_dec=sae.W_dec, model=model, started=started,
+        )  # fmt: skip
     return folder
+
+
+def _covers(folder: Path, store: Any, shards: list[int], skip: str | None, *, lens: bool) -> bool:
+    """Whether a finished index is of these shards and rows, with the logit lens where it is wanted."""
+    if not (folder / "current.json").is_file() or rows_left_out(folder / "codes") != skip:
+        return False
+    current = read_json(folder / "current.json")
+    # an index of the first version covers the whole store
+    known = [s for s, _ in current.get("shards", [[s, 0] for s in range(len(store.shards))])]
+    return known == shards and (current["logit_lens"] or not lens)
 
 
 def publish(

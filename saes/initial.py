@@ -40,14 +40,14 @@ class Initial(Dictionary):
 
 
 @torch.no_grad()
-def initial_sae(sae: SAE, store: Any, hook: str, *, seed: int = 0) -> Initial:
+def initial_sae(sae: SAE, store: Any, hook: str, *, seed: int = 0, skip: str | None = "first") -> Initial:
     """The SAE of `sae.cfg` as training would start it on the first train rows of `store` (raw, as saved SAEs are)."""
     cfg = replace(
         sae.cfg, name="initial", encoder_init="tied" if sae.cfg.encoder_init == "tied" else "scaled"
     )
     fresh = SAE(cfg).to(sae.W_enc.device)
     target = cfg.out_hook if cfg.transcoder else hook
-    x, y, _ = next(paired_rows(store, hook, target, batch_size=SAMPLE_ROWS, split="train"))
+    x, y, _ = next(paired_rows(store, hook, target, batch_size=SAMPLE_ROWS, split="train", skip=skip))
     x, y = x.to(fresh.W_enc.device), y.to(fresh.W_enc.device)
     seen = x
     if cfg.transcoder:

@@ -12,6 +12,9 @@ from typing import Any
 from cache.errors import UsageError
 from saes.config import Activation, SAEConfig, Space, TrainConfig
 
+CONTROL = "control-"
+"""Names of SAEs that are trained as a control begin with it (saes/topk_control.py); `latest` means none of them."""
+
 
 def relu_l1(*, d_sae: int, l1: float | None = None, **other: Any) -> SAEConfig:
     """ReLU with an L1 term (Anthropic, April 2024), warm-up over 5 % of the run.

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cache.errors import AtomscopeError, DataError
 from cache.provenance import provenance
-from cache.workspace import canonical_json, locked, read_json, write_json
+from cache.workspace import canonical_json, only_one, read_json, write_json
 from saes.config import SAEConfig, TrainConfig
 from saes.sae import SAE
 from saes.sources import Source
@@ -103,12 +103,7 @@ def claimed(run: Path | None) -> Iterator[None]:
     if run is None:
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run, exclusive=True, without=True) as alone:
-        if not alone:
-            raise AtomscopeError(
-                f"this run is being trained by another process: wait for it, or stop it to go on here ({run})"
-            )
+    with only_one(run, "this run is being trained"):
         try:
             yield
         except Exception as e:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cache.devices import known_device
 from cache.errors import DataError
 from cache.workspace import canonical_json
 from saes.activations import encode
@@ -135,7 +136,6 @@ class SAE(nn.Module):
         that leave it out.
         """
         from saes.foreign.loading import load
-        from saes.sources import known_device
 
         return load(cls, reference, device=known_device(device), norm_factor=norm_factor)
 

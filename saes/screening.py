@@ -1,108 +1,211 @@
-"""bf16 screening: find 48 candidates a row in bfloat16, rescore them in float32, keep k. Exact where nothing is missed.
+"""bf16 screening: a bfloat16 product tells which pre-activations may be kept, and these are computed in float32.
 
-The encoder GEMM is the floor of an exact TopK step; where the processor multiplies bfloat16 several times faster
-than float32, screening goes below it. bfloat16 ranks coarsely, so half as many candidates again as k are kept.
-Every AUDIT_STEPS steps a batch is also selected in float32; one missed latent switches screening off for good.
+The encoder GEMM is the floor of an exact step; where the processor multiplies bfloat16 several times faster than float32,
+screening goes below it. How far bfloat16 can be from float32 is known (saes/bounds.py), so no latent is missed: of the k
+largest of a row, the B*k largest of a batch, and those past a threshold. Where so many may be kept that computing them one by
+one costs more than the product, the exact pass is made, for REST steps.
+
+Every AUDIT_STEPS steps a batch is also selected in float32; one missed latent (a device whose product is worse than
+bfloat16 with float32 sums) switches screening off for good.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saes.kernels import row_dots
+from saes.config import SAEConfig
 from saes.products import linear_into
+from saes.selection import (
+    CROWDED,
+    SAMPLE_ROWS,
+    Flat,
+    above_threshold,
+    batch_largest,
+    screened_above,
+    screened_largest,
+    screened_rows,
+)
 from saes.top_products import Also, Scratch, top_pre_activations
 
 AUDIT_STEPS = 500
 AUDIT_ROWS = 1024
-MIN_LATENTS, MIN_WEIGHTS = 4096, 2**20
+MIN_LATENTS, MIN_WEIGHTS = 2048, 2**20
 MAX_SHARE = 0.75
-
-
-def candidates(k: int) -> int:
-    """Candidates kept for k latents: 48 for k = 32, and the same margin for other k."""
-    return k + max(8, k // 2)
+REST = 100
+NEXT = 0.98
+"""The smallest value that a batch kept, times this, is the first bound of the next batch."""
 
 
 class Screen:
-    """A drop-in for `top_pre_activations` that screens in bfloat16 while its audits find no miss."""
+    """Selections of a training step that screen in bfloat16 while audits find no miss; float32 ones where not enabled.
+
+    A call is a drop-in for `top_pre_activations`, `above` for `above_threshold`, `largest` for `batch_largest`.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self.misses = 0
         self.audits = 0
+        self.crowded = 0
+        self.widen = 1.0
         self._calls = 0
+        self._rest = 0
+        self._low: float | None = None
         self._scratch = Scratch()
 
     def __call__(
         self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool, also: Also | None = None
     ) -> tuple[Tensor, Tensor]:
-        n = candidates(k)
-        if not self.enabled or n >= w_enc.shape[0]:
-            return self._exact(xc, w_enc, b_enc, k, signed, also)
-        if self._calls % AUDIT_STEPS == 0:
-            self._audit(xc[:AUDIT_ROWS], w_enc, b_enc, k, signed)
-        self._calls += 1
-        if not self.enabled:
-            return self._exact(xc, w_enc, b_enc, k, signed, also)
-        return self.select(xc, w_enc, b_enc, k, signed=signed)
-
-    def _exact(
-        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, signed: bool, also: Also | None
-    ) -> tuple[Tensor, Tensor]:
+        if (
+            2 * k < len(w_enc)
+            and self._can(xc)
+            and self._turn(lambda: self._missed_of_rows(xc[:AUDIT_ROWS], w_enc, b_enc, k, signed))
+        ):
+            found = screened_rows(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch, widen=self.widen)
+            self._crowd(found)
+            if found is not None:
+                return found
         return top_pre_activations(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch, also=also)
 
-    def select(
-        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Screened selection: values are float32-exact, the set is right unless a latent fell out of the candidates."""
-        half = torch.bfloat16
-        _, ids = top_pre_activations(
-            xc.to(half), w_enc.to(half), b_enc.to(half), candidates(k), signed=signed, scratch=self._scratch
-        )
-        exact = row_dots(xc, w_enc, ids) + b_enc[ids]
-        best = torch.topk(exact.abs() if signed else exact, k, dim=1, sorted=False).indices
-        return exact.gather(1, best), ids.gather(1, best)
+    def above(
+        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, low: Tensor, *, scratch: Scratch, dense_share: float
+    ) -> Flat | None:
+        """All u > low; None where more than `dense_share` of the latents pass on the first rows: the dense switch."""
+        first = xc[:SAMPLE_ROWS]
+        if not self.enabled or self._rest or len(xc) == len(first) or not self._can(xc):
+            self._rest = max(0, self._rest - 1)
+            return above_threshold(xc, w_enc, b_enc, low, scratch=scratch, dense_share=dense_share)
+        head = above_threshold(first, w_enc, b_enc, low, scratch=scratch, dense_share=dense_share)
+        if head is None:
+            return None
+        rest = None
+        if len(head.values) < CROWDED / 2 * len(first) * len(w_enc) and self._turn(
+            lambda: self._missed_above(xc[:AUDIT_ROWS], w_enc, b_enc, low)
+        ):
+            rest = screened_above(
+                xc[len(first) :], w_enc, b_enc, low, scratch=self._scratch, widen=self.widen
+            )
+            self._crowd(rest)
+        if rest is None:
+            rest = above_threshold(xc[len(first) :], w_enc, b_enc, low, scratch=scratch)
+        assert rest is not None
+        offsets = torch.cat([head.offsets, rest.offsets[1:] + len(head.values)])
+        return Flat(torch.cat([head.values, rest.values]), torch.cat([head.indices, rest.indices]), offsets)
 
-    def _audit(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -> None:
-        fast, _ = self.select(xc, w_enc, b_enc, k, signed=signed)
+    def largest(
+        self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, n: int, *, signed: bool, scratch: Scratch
+    ) -> Flat:
+        """The n largest u > 0 (signed: |u|) of the batch."""
+        found, rows = None, min(AUDIT_ROWS, len(xc))
+        if self._can(xc) and self._turn(
+            lambda: self._missed_of_batch(xc[:rows], w_enc, b_enc, n * rows // len(xc), signed)
+        ):
+            found = screened_largest(
+                xc, w_enc, b_enc, n, signed=signed, scratch=self._scratch, low=self._low, widen=self.widen
+            )
+            self._crowd(found)
+        if found is None:
+            found = batch_largest(xc, w_enc, b_enc, n, signed=signed, scratch=scratch, low=self._low)
+        smallest = found.values.abs().min().item() if len(found.values) == n > 0 else 0.0
+        self._low = NEXT * smallest if smallest > 0 else None
+        return found
+
+    @staticmethod
+    def _can(xc: Tensor) -> bool:
+        return len(xc) > 0 and xc.dtype == torch.float32
+
+    def _turn(self, missed: Callable[[], int]) -> bool:
+        """Whether this call is screened; where an audit is due, it comes first."""
+        if not self.enabled:
+            return False
+        if self._rest:
+            self._rest -= 1
+            return False
+        if self._calls % AUDIT_STEPS == 0:
+            found = missed()
+            self.audits += 1
+            self.misses += found
+            self.enabled = not found
+        self._calls += 1
+        return self.enabled
+
+    def _crowd(self, found: tuple[Tensor, ...] | None) -> None:
+        """Where a screened pass gave up, the next ones would: the exact pass is made for a while."""
+        if found is None:
+            self.crowded += 1
+            self._rest = REST
+
+    def _missed_of_rows(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -> int:
+        """Rows of which a latent was missed."""
+        found = screened_rows(xc, w_enc, b_enc, k, signed=signed, scratch=self._scratch, widen=self.widen)
+        if found is None:
+            return 0
+        fast = found[0]
         true, _ = top_pre_activations(xc, w_enc, b_enc, k, signed=signed)
         # compare the kept values, not the ids: at a tie either latent is right
         fast, true = (fast.abs(), true.abs()) if signed else (fast.relu(), true.relu())
         gap = (fast.sort(1).values - true.sort(1).values).abs()
-        missed = int((gap > 1e-4 * true.amax(1, keepdim=True).clamp_min(1e-12)).any(1).sum())
-        self.audits += 1
-        self.misses += missed
-        if missed:
-            self.enabled = False
+        return int((gap > 1e-4 * true.amax(1, keepdim=True).clamp_min(1e-12)).any(1).sum())
 
-    def state(self) -> dict[str, int | bool]:
-        return {"enabled": self.enabled, "misses": self.misses, "audits": self.audits, "calls": self._calls}
-
-    def load_state(self, state: dict[str, int | bool]) -> None:
-        self.enabled = bool(state["enabled"])
-        self.misses, self.audits, self._calls = (
-            int(state["misses"]),
-            int(state["audits"]),
-            int(state["calls"]),
+    def _missed_above(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, low: Tensor) -> int:
+        """Entries of the exact selection that the screened one has not; but for those at the threshold, which rounding
+        puts on either side of it."""
+        fast = screened_above(xc, w_enc, b_enc, low, scratch=self._scratch, widen=self.widen)
+        true = above_threshold(xc, w_enc, b_enc, low)
+        if fast is None or true is None:
+            return 0
+        size = torch.linalg.vector_norm(xc, dim=1)[true.rows] * torch.linalg.vector_norm(
+            w_enc[true.indices], dim=1
         )
+        clear = true.values - low[true.indices] > 1e-5 * (size + b_enc[true.indices].abs())
+        return int((~torch.isin(true.places(len(w_enc)), fast.places(len(w_enc))) & clear).sum())
+
+    def _missed_of_batch(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, n: int, signed: bool) -> int:
+        """Entries whose value is not that of the entry of the same rank in the exact selection."""
+        fast = screened_largest(
+            xc, w_enc, b_enc, n, signed=signed, scratch=self._scratch, low=self._low, widen=self.widen
+        )
+        true = batch_largest(xc, w_enc, b_enc, n, signed=signed)
+        if fast is None or not n:
+            return 0
+        a, b = (t.values.abs().sort().values for t in (fast, true))
+        return int(((a - b).abs() > 1e-4 * b).sum()) if len(a) == len(b) else len(b)
+
+    def state(self) -> dict[str, int | bool | float | None]:
+        return {
+            "enabled": self.enabled,
+            "misses": self.misses,
+            "audits": self.audits,
+            "calls": self._calls,
+            "crowded": self.crowded,
+            "rest": self._rest,
+            "low": self._low,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.enabled = bool(state["enabled"])
+        self.misses, self.audits, self._calls = (state[name] for name in ("misses", "audits", "calls"))
+        # absent from the checkpoints of an earlier version
+        self.crowded, self._rest, self._low = state.get("crowded", 0), state.get("rest", 0), state.get("low")
 
 
-def screening_gains(d_model: int, d_sae: int, k: int, device: torch.device) -> bool:
+def screening_gains(cfg: SAEConfig, device: torch.device) -> bool:
     """Whether `auto` screens: by the size of the encoder, and by whether this device multiplies bfloat16 fast.
 
     Screened and exact runs differ in the last bits, so the answer must not hang on a close race: the same command
-    on the same machine gives the same SAE. The size is a rule (from 4,096 latents on, screened selection took .74 to .95
-    of the exact one at every d_model measured, below up to 1.08); the device's answer is far from the limit on either side.
+    on the same machine gives the same SAE. The size is a rule (from 2,304 latents on, screened selection took .56 to .93 of the
+    exact one at every d_model measured; at 1,152 up to 1.02); the device's answer is far from the limit on either side.
     """
     return (
-        candidates(k) * 8 <= d_sae
-        and d_sae >= MIN_LATENTS
-        and d_model * d_sae >= MIN_WEIGHTS
+        cfg.k <= cfg.d_sae * CROWDED
+        and cfg.d_sae >= MIN_LATENTS
+        and cfg.d_model * cfg.d_sae >= MIN_WEIGHTS
         and bf16_product_share(str(device)) < MAX_SHARE
     )
 

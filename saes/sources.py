@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cache.devices import known_device
 from cache.errors import DataError, UsageError
 from saes.config import SAEConfig, TrainConfig
 from saes.sae import as_tensor
@@ -226,21 +227,6 @@ def training_arguments(
         wanted = f"TrainConfig({', '.join(f'{k}={v!r}' for k, v in given.items())})"
         raise UsageError(f"the third argument is a TrainConfig, got {type(config).__name__}: write {wanted}")
     return list(saes), config or TrainConfig(), None if device is None else known_device(device)
-
-
-def known_device(device: Any) -> torch.device:
-    """A device that torch knows and this machine has. Raises UsageError."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise UsageError(f"device {device!r} is not one of torch's: cpu, cuda, cuda:1, mps") from e
-    there = {
-        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(found.type, True):
-        raise UsageError(f"torch finds no device {found} on this machine: leave device out, or take cpu")
-    return found
 
 
 def _checked(x: Tensor, what: str) -> Tensor:

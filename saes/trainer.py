@@ -89,7 +89,7 @@ class Trainer:
         self.sign_sum = torch.zeros(cfg.d_sae, dtype=torch.float64, device=device)
         self.rows_seen = 0
         self.dead: Dead | None = None
-        self.screen = Screen(enabled=train.screen == "on" and cfg.fixed_k)
+        self.screen = Screen(enabled=train.screen == "on")
         self.half = train.autocast == "on" or (train.autocast == "auto" and device.type == "cuda")
         self.eps = 1.0
         self.theta = torch.full((), -1.0, dtype=torch.float64, device=device)
@@ -135,8 +135,8 @@ class Trainer:
         self.variance = max(spread[:kept].mean().item(), 1e-30)
         if self.cfg.activation == "jumprelu" and self.bias is None:
             self._start_threshold(x[usual])
-        if self.train.screen == "auto" and self.cfg.fixed_k:
-            self.screen.enabled = screening_gains(self.cfg.d_model, self.cfg.d_sae, self.cfg.k, sample.device)
+        if self.train.screen == "auto":
+            self.screen.enabled = screening_gains(self.cfg, sample.device)
 
     def _rows(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Input and wanted output in the space of training, of raw rows: the same rows twice but for a transcoder."""

@@ -26,7 +26,7 @@ _METRICS = {
 _EVALUATIONS = {
     "sae_id": "VARCHAR", "store": "VARCHAR", "hook": "VARCHAR", "created": "VARCHAR", "subject": "VARCHAR",
     "metric": "VARCHAR", "value": "DOUBLE", "n": "BIGINT", "lo": "DOUBLE", "hi": "DOUBLE", "ci_low": "DOUBLE",
-    "ci_high": "DOUBLE",
+    "ci_high": "DOUBLE", "skip": "VARCHAR",
 }  # fmt: skip
 _LABELS = {
     "sae_id": "VARCHAR", "feature": "INTEGER", "sign": "INTEGER", "text": "VARCHAR", "author": "VARCHAR",
@@ -120,8 +120,9 @@ def _evaluations_sql(files: list[Path]) -> str:
     # `random` is what `untrained` was called before; a file that was written twice may hold both
     name = "CASE subject WHEN 'random' THEN 'untrained' ELSE subject END"
     return (
-        f"SELECT {name} AS subject, {casts} FROM read_parquet([{', '.join(literal(f) for f in files)}], "
-        f"union_by_name = true) QUALIFY subject <> 'random' OR NOT bool_or(subject = 'untrained') "
+        # files of before it could be chosen do not say which rows they leave out
+        f"SELECT {name} AS subject, {casts} FROM (SELECT * FROM read_parquet([{', '.join(literal(f) for f in files)}], "
+        f"union_by_name = true) UNION ALL BY NAME SELECT NULL::VARCHAR AS skip WHERE false) QUALIFY subject <> 'random' OR NOT bool_or(subject = 'untrained') "
         f"OVER (PARTITION BY sae_id, store, metric)"
     )
 

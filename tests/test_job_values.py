@@ -119,3 +119,23 @@ def test_the_command_trains_fast_on_dialogues_with_one_word(capsys, tmp_path: Pa
     assert code == 0 and '"data": "fast"' in out and '"skip": null' in out, err
     code, _, err = run(capsys, "train", str(store.path), *args, "-w", str(tmp_path))
     assert code == 2 and "dialogue" in err  # this store is of plain text
+
+
+def test_the_help_of_train_names_every_preset_that_a_job_takes() -> None:
+    import inspect
+
+    from typer.main import get_command
+
+    from app.cli import app
+
+    (option,) = [p for p in get_command(app).commands["train"].params if p.name == "preset"]  # type: ignore[attr-defined]
+    named = str(option.help).partition(";")[0].split(", ")  # type: ignore[attr-defined]
+    made = {
+        n
+        for n, f in inspect.getmembers(presets, inspect.isfunction)
+        if f.__annotations__.get("return") == "SAEConfig"
+    }
+    assert set(named) == made | {"fast"} and len(named) == len(set(named))
+    for name in named:
+        (config,), _ = jobs.resolve({"saes": [{"preset": name, "d_sae": 64}]})
+        assert config.d_sae == 64

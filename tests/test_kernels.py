@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saes import kernels, screening, top_products
+from saes import kernels, presets, screening, top_products
 from saes.kernels import Dead, row_dots, sparse_step
 from saes.screening import Screen, screening_gains
 from saes.top_products import Also, column_width, top_pre_activations
@@ -181,13 +181,13 @@ def test_screening_keeps_the_float32_values_and_audits(signed: bool) -> None:
     assert screen.audits == 1 and screen.misses == 0
 
 
-def test_screening_switches_itself_off_when_it_misses_a_latent() -> None:
-    """Latents that differ only past bfloat16's eight bits cannot be ranked by it."""
+def test_latents_that_bfloat16_cannot_rank_are_ranked_in_float32() -> None:
+    """They differ only past its eight bits: hundreds of candidates, of which float32 must choose."""
     x = torch.ones(16, 4)
     w = torch.full((512, 4), 100.0) + torch.linspace(0, 0.05, 512)[torch.randperm(512)][:, None]
     screen = Screen(enabled=True)
     values, _ = screen(x, w, torch.zeros(512), 8, signed=False)
-    assert screen.misses > 0 and not screen.enabled
+    assert screen.misses == 0 and screen.enabled
     torch.testing.assert_close(values.sort(1).values, (x @ w.T).topk(8, dim=1).values.sort(1).values)
 
 
@@ -197,7 +197,13 @@ def test_screening_is_not_decided_by_a_race_so_the_same_run_gives_the_same_sae(
     cpu = torch.device("cpu")
     for share, wanted in ((0.24, True), (1.3, False)):
         monkeypatch.setattr(screening, "bf16_product_share", lambda device, s=share: s)
-        assert screening_gains(576, 4608, 32, cpu) is wanted
-        assert not screening_gains(64, 96, 4, cpu), "a small encoder gains nothing worth a race"
+        for preset, more in (
+            (presets.topk, {"k": 32}),
+            (presets.batch_topk, {"k": 32}),
+            (presets.jumprelu, {}),
+        ):
+            assert screening_gains(preset(d_sae=4608, d_model=576, **more), cpu) is wanted
+            small = preset(d_sae=96, d_model=64, **({"k": 4} if more else {}))
+            assert not screening_gains(small, cpu), "a small encoder gains nothing worth a race"
     monkeypatch.undo()
     assert screening.bf16_product_share("cpu") == screening.bf16_product_share("cpu"), "asked once a process"

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from cache import load_model
+from cache.devices import default_device, known_device
 from cache.errors import AtomscopeError, DataError, UsageError
 from saes import SAE, SAEConfig, TrainConfig, make_suite, presets, recovery_scores, train
 from tests.corpora import HOOK, make_store
@@ -168,3 +170,23 @@ def test_a_suite_is_not_made_of_fewer_features_than_it_needs(name: str, n: int) 
     with pytest.raises(UsageError, match=f"n={n}") as e:
         make_suite(name, n_rows=10, n=n)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", 1.5])
+def test_a_device_that_is_not_there_is_one_line_wherever_one_is_given(device: Any, tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path)
+    calls = (
+        lambda: load_model("no such model", workspace=tmp_path, device=device),
+        lambda: SAE.load("anywhere", device=device),
+        lambda: train(store, [TOPK], CONFIG, device=device),
+        lambda: store.stream(HOOK, batch_size=4, device=device),
+    )
+    for call in calls:
+        with pytest.raises(UsageError, match="device") as e:
+            call()
+        assert "\n" not in str(e.value) and "cpu" in str(e.value)
+
+
+def test_the_cpu_is_there_by_every_name_and_by_default() -> None:
+    assert known_device("cpu") == known_device(torch.device("cpu")) == torch.device("cpu")
+    assert known_device(default_device()) == default_device()

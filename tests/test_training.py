@@ -415,12 +415,21 @@ def test_settings_of_an_sae_that_cannot_be_are_refused_by_name(bad: dict[str, An
         SAEConfig(**({"d_sae": 64, "k": 4} | bad))
 
 
-def test_screening_asked_for_is_on_only_where_there_is_something_to_screen() -> None:
-    """Elsewhere it would make AuxK's products coarse with no audit to end it."""
-    x = torch.randn(256, 8)
-    for name, on in (("topk", True), ("abs_topk", True), ("batch_topk", False), ("matryoshka", False)):
-        config = TrainConfig(steps=10, batch_size=32, screen="on")
-        trainer = Trainer(
-            getattr(presets, name)(d_sae=64, k=4, d_model=8), config, Moments(256, 1.0), x.device
-        )
-        assert trainer.screen.enabled is on
+@pytest.mark.parametrize(
+    "name", ["topk", "abs_topk", "batch_topk", "batch_abs_topk", "matryoshka", "jumprelu", "gba", "relu_l1"]
+)
+def test_screening_asked_for_is_on_and_audited_where_latents_are_sparse(name: str) -> None:
+    """Without an audit to end it, it would make AuxK's products coarse for the whole run."""
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(steps=10, batch_size=128, screen="on")
+    more = {"k": 2} if "topk" in name or name == "matryoshka" else {}
+    trainer = Trainer(getattr(presets, name)(d_sae=64, d_model=8, **more), config, Moments(256, 1.0), CPU)
+    trainer.start(x)
+    assert trainer.screen.enabled
+    with torch.no_grad():  # few latents above their thresholds
+        if trainer.cfg.activation == "jumprelu":
+            trainer.sae.threshold.fill_(12.0)
+        elif not more:
+            trainer.sae.b_enc.fill_(-12.0)
+    trainer.step(x[:128], 0)
+    assert trainer.screen.audits == 1 and trainer.screen.misses == 0

@@ -43,6 +43,8 @@ def measures(root: Path) -> None:
             text=3,
         )
     )
+    if table["skip"].nunique() > 1:
+        state.muted("skip: rows left out, where it is not position 0; numbers of other rows do not compare.")
     n = table["store"].nunique()
     if n > 1:
         state.muted(
@@ -55,6 +57,7 @@ def rows(table: pd.DataFrame) -> list[tuple[object, ...]]:
     for r in table.to_dict("records"):
         own = r["subject"] == "sae"
         name = f"{r['name']} ({r['sae_id'][:6]})" if own else f"· {SUBJECTS.get(r['subject'], r['subject'])}"
+        name += "" if r["skip"] == "first" else f", skip {r['skip']}"
         marks = ["  best" if r[m] else "" for m in ("best_fvu", "best_ce")]
         low, high = r["ci_low"], r["ci_high"]
         interval = "" if pd.isna(low) else f"{figures.number(low)} to {figures.number(high)}"

@@ -9,7 +9,7 @@ import streamlit as st
 
 from app import figures, state
 from app.atom_table import HEAD, PREFIX, atom_table
-from app.catalogue import Catalogue, measure_table, read_catalogue
+from app.catalogue import Catalogue, measure_table, read_catalogue, rows_left_out
 from cache.errors import AtomscopeError
 
 MEASURES = {
@@ -70,13 +70,12 @@ def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
     rows = []
     for sae_id in c.measures["sae_id"].drop_duplicates():
         table = measure_table(c.measures, sae_id)
-        interval = interval_of(c.measures, sae_id)
+        interval, skip = interval_of(c.measures, sae_id), rows_left_out(c.measures, sae_id)
+        name = names.get(sae_id, sae_id) + ("" if skip == "first" else f", skip {skip}")
         for i, (subject, values) in enumerate(table.iterrows()):
             cells = [figures.number(values.get(m)) for m in MEASURES]
             who = SUBJECTS.get(str(subject), str(subject).upper().replace("PCA-", "PCA, "))
-            rows.append(
-                (names.get(sae_id, sae_id) if i == 0 else "", who, *cells, interval if i == 0 else "")
-            )
+            rows.append((name if i == 0 else "", who, *cells, interval if i == 0 else ""))
     st.html(figures.table(("SAE", "subject", *MEASURES.values(), "95 % interval"), rows, text=2))
     n = c.measures.groupby("metric")["n"].max()
     state.muted(
@@ -104,7 +103,8 @@ def atoms(c: Catalogue, metas: list[dict[str, Any]]) -> None:
     state.muted(
         "Coherence in the atomic inner product of the train rows. q* is nearly a function of L0: its excess over random unit "
         "atoms and over a tight frame of the same shape at the same L0s is the figure. R² of train and held-out documents without "
-        "attention sinks; pursuit: the dictionary alone, coded by matching pursuit; ℓ₁: codes that basis pursuit recovers."
+        "attention sinks; pursuit: the dictionary alone, coded by matching pursuit; ℓ₁: codes that basis pursuit recovers. "
+        "TopK: an SAE of the same width and L0, trained by the same schedule on this store to stand beside it."
     )
 
 

@@ -10,16 +10,12 @@ norm of 1, a scale that the published weights have folded in.
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from cache.errors import DataError, MissingDataError
+from cache.errors import DataError
 from saes.conventions import Conventions
 from saes.foreign.folding import fold_input_bias
 from saes.foreign.found import (
@@ -31,9 +27,14 @@ from saes.foreign.found import (
     refuse_unknown,
     refuse_values,
 )
+from saes.foreign.npz import read_npz
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_SHAPES = {
+    "W_enc": ("d_model", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_model"), "b_dec": ("d_model",),
+    "threshold": ("d_sae",),
+}  # fmt: skip
 _SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _SITES_2 = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z"}
 _KNOWN_2 = {"architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out", "width", "l0", "affine_connection",
@@ -52,7 +53,9 @@ def read(path: Path, card: Card) -> Found:
     _refuse_kind(where, path)
     if (path / NPZ).is_file():
         model, hook, l0 = _first(where)
-        tensors, file = _npz(path / NPZ), path / NPZ
+        file = path / NPZ
+        held_npz = read_npz(file, _SHAPES, {n.lower(): n for n in _NAMES})
+        tensors = {n: torch.from_numpy(held_npz[n]) for n in _NAMES}
     else:
         model, hook, l0 = _second(path, where)
         held = read_safetensors(path / SAFETENSORS, [n.lower() for n in _NAMES])
@@ -72,21 +75,6 @@ def _refuse_kind(where: str, path: Path) -> None:
         raise DataError(f"{path} is a transcoder by its name: this version reads SAEs of Gemma Scope only")
     if "embedding" in names:
         raise DataError(f"{path}: SAEs of the embedding take scaled rows, which this version does not read")
-
-
-def _npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            names = {re.sub("^w_", "W_", n): n for n in held.files}
-            if set(names) != set(_NAMES):
-                raise DataError(f"{path} holds {sorted(held.files)}, expected {sorted(_NAMES)}")
-            return {
-                n: torch.from_numpy(held[names[n]].astype(np.float32, casting="same_kind")) for n in _NAMES
-            }
-    except FileNotFoundError as e:
-        raise MissingDataError(f"{path} does not exist: the SAE folder is incomplete") from e
-    except (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
-        raise DataError(f"{path} is not a readable archive of plain arrays ({e}): fetch it again") from e
 
 
 def _first(where: str) -> tuple[str, str, float | None]:
