@@ -38,6 +38,8 @@ PREFIX = "atoms:"
 """Subjects of these rows begin with it, so that other tables can leave them out."""
 BATCH_ROWS = 4096
 KMEANS_ROWS = 20_000
+PURSUIT_WORK, PURSUIT_LEAST = 512 * 64**2, 16
+"""Rows of matching pursuit times k^2, at most, and rows at least: past an L0 of 64 fewer are fitted."""
 HISTOGRAM = 60
 Row = dict[str, Any]
 
@@ -48,6 +50,9 @@ class _Sample:
 
     name: str
     x: Tensor
+
+    def thinned(self, n: int) -> _Sample:
+        return _Sample(self.name, self.x[:: max(1, len(self.x) // n)][:n])
 
     def r2(self, x_hat: Tensor) -> float:
         spread = ((self.x - self.x.mean(0)).double() ** 2).sum()
@@ -220,7 +225,8 @@ def _dictionary_rows(job: _Job, name: str, atoms: Tensor, l0: np.ndarray) -> lis
     rows = [_row(name, metric, value, len(l0)) for metric, value in values.items()]
     unit = torch.nn.functional.normalize(atoms.float(), dim=1)
     centre, k = job.samples[0].x.mean(0), max(1, round(float(l0.mean())))
-    for s in job.samples:
+    for whole in job.samples:
+        s = whole.thinned(max(PURSUIT_LEAST, PURSUIT_WORK // k**2))
         fit = matching_pursuit(s.x - centre, unit, k) + centre
         rows.append(_row(name, f"pursuit_r2_{s.name}", s.r2(fit), len(s.x)))
     return [*rows, *_histogram(name, white)]

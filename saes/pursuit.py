@@ -16,28 +16,38 @@ from torch import Tensor
 from cache.products import product
 
 RECOVERED = 1e-4
+SPANNED = 1e-6
+BASIS_BYTES = 2**28
 
 
 @torch.inference_mode()
 def matching_pursuit(x: Tensor, atoms: Tensor, k: int, *, batch: int = 512) -> Tensor:
-    """What k atoms keep of each row: the fit `[B, d]` of rows x by unit atoms `[n, d]`; k at most n and d."""
+    """What k atoms keep of each row: the fit `[B, d]` of rows x by unit atoms `[n, d]`; k at most n and d.
+
+    Each atom that joins is made orthogonal to those before it (twice, against rounding), so a refit is one projection:
+    k^2 d operations a row.
+    """
     k = min(k, *atoms.shape)
+    batch = min(batch, max(1, BASIS_BYTES // (8 * max(k, 1) * atoms.shape[1])))
     return torch.cat([_pursue(rows, atoms, k) for rows in x.float().split(batch)])
 
 
 def _pursue(x: Tensor, atoms: Tensor, k: int) -> Tensor:
-    residual, chosen = x, torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-    fit = torch.zeros_like(x)
-    for _ in range(k):
-        size = product(residual, atoms.T).abs().scatter_(1, chosen, -1.0)
-        chosen = torch.cat([chosen, size.argmax(1, keepdim=True)], dim=1)
-        # least squares on the chosen atoms of each row; the ridge is for atoms that coincide
-        active = atoms[chosen].double()
-        gram = active @ active.transpose(1, 2) + 1e-9 * torch.eye(chosen.shape[1], device=x.device)
-        weights = torch.linalg.solve(gram, (active @ x.double()[:, :, None]))
-        fit = (weights.transpose(1, 2) @ active)[:, 0].to(x.dtype)
-        residual = x - fit
-    return fit
+    residual, chosen = x.double(), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+    basis = residual.new_zeros(len(x), k, x.shape[1])
+    for i in range(k):
+        size = product(residual.float(), atoms.T).abs().scatter_(1, chosen, -1.0)
+        best = size.argmax(1, keepdim=True)
+        chosen = torch.cat([chosen, best], dim=1)
+        new, before = atoms[best[:, 0]].double(), basis[:, :i]
+        for _ in range(2):
+            inner = torch.einsum("bid,bd->bi", before, new)
+            new = new - torch.einsum("bi,bid->bd", inner, before)
+        norm = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+        # an atom that the others span adds nothing
+        basis[:, i] = torch.where(norm > SPANNED, new / norm, 0.0)
+        residual = residual - (residual * basis[:, i]).sum(1, keepdim=True) * basis[:, i]
+    return (x - residual).to(x.dtype)
 
 
 def basis_pursuit(m: np.ndarray, atoms: np.ndarray, *, signed: bool) -> np.ndarray | None:

@@ -123,6 +123,18 @@ def test_matching_pursuit_equals_sklearns() -> None:
     torch.testing.assert_close(matching_pursuit(x, torch.eye(16), 99), x)
 
 
+def test_matching_pursuit_with_most_of_the_atoms_and_with_equal_ones_stays_a_projection() -> None:
+    gen = torch.Generator().manual_seed(3)
+    atoms = torch.nn.functional.normalize(torch.randn(40, 24, generator=gen), dim=1)
+    atoms = torch.cat([atoms, atoms[:20]])
+    x = torch.randn(9, 24, generator=gen)
+    fit = matching_pursuit(x, atoms, 20)
+    assert float(((x - fit) * fit).sum(1).abs().max()) < 1e-5, (
+        "what is left stands at right angles to the fit"
+    )
+    assert float(((x - matching_pursuit(x, atoms, 24)) ** 2).sum()) < 1e-8
+
+
 def test_l1_recovers_codes_on_spread_atoms_and_not_on_close_ones() -> None:
     rng = np.random.default_rng(0)
     spread = tight_frame(60, 30, seed=0).double().numpy()
