@@ -124,8 +124,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def measure_table(measures: pd.DataFrame, sae_id: str) -> pd.DataFrame:
-    """Measures of one SAE, subjects down (the SAE first, then its controls), metrics across."""
-    part = measures[measures["sae_id"] == sae_id]
+    """Measures of one SAE as `newest_measures` has them, subjects down (the SAE first, then its controls), metrics across."""
+    part, _ = newest_measures(measures, sae_id)
     if not len(part):
         return pd.DataFrame()
     wide = part.pivot_table(index="subject", columns="metric", values="value", aggfunc="first")
@@ -134,7 +134,19 @@ def measure_table(measures: pd.DataFrame, sae_id: str) -> pd.DataFrame:
 
 
 def rows_left_out(measures: pd.DataFrame, sae_id: str) -> str:
-    """`skip` of this SAE's evaluation; older ones, which do not say it, left out position 0."""
-    mine = (measures["sae_id"] == sae_id) & (measures["subject"] == "sae") & (measures["metric"] == "fvu")
-    said = measures[mine]["skip"].dropna()
-    return str(said.iloc[0]) if len(said) else "first"
+    """`skip` of what `newest_measures` has of this SAE."""
+    return newest_measures(measures, sae_id)[1]
+
+
+def newest_measures(measures: pd.DataFrame, sae_id: str) -> tuple[pd.DataFrame, str]:
+    """Measures of one SAE on the store of its newest FVU, and that FVU's `skip`: figures of two stores or of two kinds of
+    rows are no table. Atoms and kinds of token have no skip; older evaluations, which do not say it, left out position 0."""
+    part = measures[measures["sae_id"] == sae_id]
+    fvu = part[(part["subject"] == "sae") & (part["metric"] == "fvu")]
+    if not len(part):
+        return part, "first"
+    said = part["skip"].astype(object).where(part["skip"].notna(), "first")
+    store = (fvu if len(fvu) else part)["store"].iloc[0]
+    skip = str(said[fvu.index[0]]) if len(fvu) else "first"
+    apart = part["subject"].str.startswith("atoms:") | part["metric"].str.contains("@", regex=False)
+    return part[(part["store"] == store) & (apart | (said == skip))], skip

@@ -138,7 +138,7 @@ def corpus_build(
         label_fields=label_field or (),
         prepend_bos=prepend_bos,
     )
-    cut = made.meta["truncated_docs"]
+    cut = made.meta.get("truncated_docs", 0)
     more = (
         f"; {cut:,} dialogues cut at {context} tokens ({made.meta['truncated_tokens']:,} lost)" if cut else ""
     )

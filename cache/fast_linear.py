@@ -27,6 +27,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        return t @ ctx.saved_tensors[0].T
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -34,15 +39,16 @@ class _Linear(torch.autograd.Function):
         return _Linear.apply(g, w.T, None), None, None
 
 
-def _wins(x: Tensor, w: Tensor) -> bool:
-    return not w.requires_grad and onednn_wins(x, w) and not torch.is_autocast_enabled("cpu")
+def _wins(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
+    trained = w.requires_grad or (b is not None and b.requires_grad)
+    return not trained and not torch.is_autocast_enabled("cpu") and onednn_wins(x, w)
 
 
 class FastLinear(nn.Linear):
     """`nn.Linear`, made in place of one by `use_fast_products`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _wins(x, self.weight):
+        if not _wins(x, self.weight, self.bias):
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)
 

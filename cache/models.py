@@ -64,6 +64,7 @@ class LanguageModel:
         self.edits_open = 0
         """Contexts of `hooked` that are open."""
         self._backend: Any = self._make_backend(path)
+        use_fast_products(hf)  # the bridge adds layers of its own
         hf.requires_grad_(False)  # the bridge turns gradients of the weights on
         self._check()
 

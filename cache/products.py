@@ -7,6 +7,7 @@ throughout and differ in the last bits. Elsewhere (GPU, float64, a torch without
 
 from __future__ import annotations
 
+import os
 import time
 from functools import lru_cache
 
@@ -15,6 +16,10 @@ from torch import Tensor
 
 GAIN = 0.8
 """oneDNN is taken where it needs less than this share of torch's time: .5 on AMD with AVX-512, about 1 elsewhere."""
+# what oneDNN and torch's layer over it keep of each shape they have met, several MB apiece: of a few shapes, not of 1,024
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+
 MIN_ROWS, MIN_WEIGHTS = 8, 2**16
 """Smaller products are not worth the microseconds that oneDNN takes to begin."""
 
@@ -24,6 +29,7 @@ def onednn_wins(x: Tensor, w: Tensor) -> bool:
     return (
         x.dtype == torch.float32 == w.dtype
         and x.device.type == "cpu" == w.device.type
+        and x.shape[-1] == w.shape[1]
         and w.numel() >= MIN_WEIGHTS
         and x.numel() >= MIN_ROWS * w.shape[1]
         and onednn_gains()
@@ -31,8 +37,9 @@ def onednn_wins(x: Tensor, w: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """x @ w.T + b for x `[..., K]`, w `[N, K]` of any strides, b `[N]`; a new tensor, not differentiable."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+    """x @ w.T + b for x `[..., K]`, w `[N, K]`, b `[N]` of any strides; a new tensor, not differentiable."""
+    # the op reads b as if it were dense
+    return torch.ops.mkldnn._linear_pointwise(x, w, None if b is None else b.contiguous(), "none", [], "")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -51,11 +58,15 @@ def onednn_gains() -> bool:
     """Whether oneDNN multiplies float32 faster than torch's default on this processor: best of 4 interleaved pairs."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    x, w, b = torch.ones(1024, 512), torch.ones(4096, 512), torch.zeros(4096)
     best = [float("inf"), float("inf")]
-    for _ in range(4):
-        for i, run in enumerate((lambda: onednn_linear(x, w, b), lambda: torch.addmm(b, x, w.T))):
-            start = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - start)
+    # whatever the first caller has switched on: the answer is kept
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, w, b = (
+            torch.ones(s, dtype=torch.float32, device="cpu") for s in ((1024, 512), (4096, 512), (4096,))
+        )
+        for _ in range(4):
+            for i, run in enumerate((lambda: onednn_linear(x, w, b), lambda: torch.addmm(b, x, w.T))):
+                start = time.perf_counter()
+                run()
+                best[i] = min(best[i], time.perf_counter() - start)
     return best[0] < GAIN * best[1]

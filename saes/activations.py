@@ -160,7 +160,9 @@ def _pre_above(
 ) -> _Pre:
     found = select.above(xc, sae.W_enc, sae.b_enc, low, scratch=scratch, dense_share=DENSE_SHARE)
     if found is None:
-        u = encode_dense(x - sae.centre, sae.W_enc, sae.b_enc, half=half)
+        # bfloat16 is coarser than the window through which a threshold learns
+        exact = sae.cfg.activation == "jumprelu"
+        u = encode_dense(x - sae.centre, sae.W_enc, sae.b_enc, half=half and not exact)
         return _Pre(u, None if dead is None else u[:, dead.ids], None, half)
     support = Support(found.indices, sae.cfg.d_sae, found.offsets, into)
     u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.centre, support, found.values, xc=xc, dead=dead)

@@ -14,6 +14,7 @@ hold most of the variance); `r2_all_*` has them. Whitened data of any kind has p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache as memoise
@@ -41,6 +42,8 @@ KMEANS_ROWS = 20_000
 PURSUIT_WORK, PURSUIT_LEAST = 512 * 64**2, 16
 """Rows of matching pursuit times k^2, at most, and rows at least: past an L0 of 64 fewer are fitted."""
 HISTOGRAM = 60
+TAKEN = ("sae", "random", "pca", "kmeans", "tight-frame")
+"""Subjects of their own; with `topk` topk-<k> too."""
 Row = dict[str, Any]
 
 
@@ -90,6 +93,11 @@ def evaluate_atoms(
     in the store's workspace unless it is there. aip: default that of the store's train rows. recovery: codes given to basis
     pursuit, a linear program each; 0 leaves it out. Raises DataError where the SAE does not fit the store.
     """
+    for name in beside or {}:
+        if name in TAKEN or (topk and re.fullmatch(r"topk-\d+", name)):
+            raise UsageError(
+                f"beside={name!r} is the name of the SAE itself or of a control: name the SAE otherwise"
+            )
     subjects = {"sae": sae} | dict(beside or {})
     hook = _common_hook(subjects, store)
     aip = aip or store_aip(store, hook)

@@ -121,7 +121,9 @@ def _controls(sae: SAE, store: Any, hook: str, out: str, skip: str | None) -> li
 def save_evaluation(sae: SAE, store: Any, hook: str, rows: list[dict[str, Any]]) -> Evaluation:
     """Add rows (subject, metric, value, n and, where there are any, ci_low, ci_high, lo, hi, skip) to those of earlier calls.
 
-    What an earlier call measured on other rows (skip) goes: figures of two kinds of rows do not stand in one table.
+    What an earlier call measured on other rows (skip) goes: figures of two kinds of rows do not stand in one table. Those of
+    kinds of token go together, as they are measured together, and of controls also where skip is another: it is what these
+    were fitted without.
     """
     sae_id, created = sae.sae_id, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     base = {"sae_id": sae_id, "store": store.path.name, "hook": hook, "created": created}
@@ -132,6 +134,11 @@ def save_evaluation(sae: SAE, store: Any, hook: str, rows: list[dict[str, Any]])
     old = load_evaluation(sae, store)
     fresh, skips = {(r["subject"], r["metric"]) for r in rows}, {r["skip"] for r in rows} - {None}
     kept = [r for r in (old.rows if old else []) if (r["subject"], r["metric"]) not in fresh]
+    changed = bool(skips) and not {_skipped(r) for r in (old.rows if old else [])} <= {None, *skips}
+    if any("@" in r["metric"] for r in rows):
+        kept = [r for r in kept if "@" not in r["metric"]]
+    elif changed:
+        kept = [r for r in kept if "@" not in r["metric"] or r["subject"] == "sae"]
     rows += [r for r in kept if not skips or _skipped(r) in (None, *skips)]
     with atomic_file(path) as tmp:
         pq.write_table(pa.Table.from_pylist(rows), tmp)

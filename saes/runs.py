@@ -59,6 +59,8 @@ def run_name(
 ) -> str:
     """`<label>-<hash>`, of configs that are bound to their data."""
     schedule = {k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}
+    if config.autocast == "auto":  # a field that runs of before it had not: they keep their names
+        del schedule["autocast"]
     key: dict[str, Any] = {
         "saes": [c.to_dict() for c in configs],
         "train": schedule,

@@ -17,7 +17,7 @@ from saes import kernels
 
 def sampled_dots(x: Tensor, w: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     """`x[row of entry] . w[ids[entry]]` `[nnz]` for x `[B, d]`, w `[F, d]`, ids int64 `[nnz]` in row order, offsets `[B + 1]`."""
-    if len(ids) == 0 or x.is_cuda or not supported():
+    if len(ids) == 0 or x.device.type != "cpu" or not supported():
         return kernels.row_dots(x, w, ids, offsets)
     return _sampled(x, w, ids, offsets)
 

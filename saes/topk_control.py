@@ -65,7 +65,8 @@ def matched_topk(sae: SAE, store: Any) -> Control | None:
     schedule = DEFAULT if own is None else own.schedule
     l0, n = mean_l0(sae, store, hook, schedule)
     k = min(max(1, round(l0)), sae.cfg.d_sae)
-    cfg = topk(d_sae=sae.cfg.d_sae, k=k, name=f"{CONTROL}topk-{sae.cfg.d_sae}-k{k}")
+    lr = own.config.lr if own else None  # an SAE may have one of its own, which goes before the schedule's
+    cfg = topk(d_sae=sae.cfg.d_sae, k=k, lr=lr, name=f"{CONTROL}topk-{sae.cfg.d_sae}-k{k}")
     source = open_source(store, hook, None)
     run = store.workspace / "saes" / run_name([bind(cfg, source)], schedule, source)
     done = load_run(run)

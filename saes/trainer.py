@@ -6,7 +6,7 @@ position 0 too (norms a hundred times the rest). For the same reason V, the vari
 is that of the first rows without the thousandth of largest norm.
 The decoder rows are unit: their gradient is projected on the sphere's tangent before Adam, and they are
 renormalised after it. Nothing in `step` waits for the device, except once every `dead_refresh_steps`, and where the
-number of firing latents varies (its count sizes the tensors).
+number of firing latents, or of those that a screen computes, varies (its count sizes the tensors).
 batch_*: theta follows the smallest kept |u| of each batch as a float64 moving average (rate THETA_RATE); `finish` checks
 it on rows of the data and, where their mean L0 is more than 5 % off k, puts the threshold where it is k.
 """

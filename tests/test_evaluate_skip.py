@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
 
+from app.catalogue import measure_table, rows_left_out
 from app.terminal import frontier_lines
 from cache import ActivationStore, connect, load_model
 from cache.errors import MissingDataError, UsageError
@@ -86,6 +88,57 @@ def test_figures_of_other_rows_do_not_stay_in_the_table(tmp_path: Path) -> None:
     with connect(store.workspace) as con:
         found = con.sql("SELECT DISTINCT skip FROM evaluations WHERE metric = 'fvu'").fetchall()
     assert found == [("none",)]
+
+
+def test_kinds_of_token_of_controls_go_with_the_rows_that_these_were_fitted_to(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, [40] * 40)
+    sae = random_sae(8)
+
+    def kinds() -> set[str]:
+        return {r["subject"] for r in load_evaluation(sae, store).rows if "@" in r["metric"]}  # type: ignore[union-attr]
+
+    evaluate(sae, store, token_classes=True)
+    assert kinds() == {"sae", "pca-3", "untrained", "initial"}
+    evaluate(sae, store)
+    assert len(kinds()) == 4
+    evaluate(sae, store, skip=None, controls=False)
+    assert kinds() == {"sae"}
+    # a control of another name, as where the L0 without these rows is another
+    other = {"subject": "pca-9", "metric": "nmse@content", "value": 0.5, "n": 9}
+    save_evaluation(sae, store, HOOK, [other])
+    assert kinds() == {"pca-9"}
+    evaluate(sae, store, skip=None, token_classes=True)
+    assert kinds() == {"sae", "pca-3", "untrained", "initial"}
+
+
+def test_the_home_page_never_shows_figures_of_two_stores_or_of_other_rows_in_one_table() -> None:
+    def row(store: str, skip: str | None, subject: str, metric: str, value: float) -> dict[str, Any]:
+        return {
+            "sae_id": "s", "store": store, "subject": subject, "metric": metric, "value": value, "skip": skip
+        }  # fmt: skip
+
+    # the newest first, as the catalogue gives them
+    newest = [
+        row("b", None, "sae", "nmse@content", 0.4),
+        row("b", "none", "sae", "fvu", 0.3),
+        row("b", "none", "pca-7", "fvu", 0.6),
+    ]
+    older = [
+        row("a", None, "sae", "fvu", 0.2),
+        row("a", None, "sae", "delta_ce", 0.1),
+        row("a", None, "pca-5", "fvu", 0.5),
+    ]
+    measures = pd.DataFrame([row("c", None, "atoms:sae", "q_star", 0.1), *newest, *older])
+    table = measure_table(measures, "s")
+    assert list(table.index) == ["sae", "pca-7"] and rows_left_out(measures, "s") == "none"
+    assert table.loc["sae"].to_dict() == {"fvu": 0.3, "nmse@content": 0.4}
+    table = measure_table(pd.DataFrame(older + newest), "s")
+    assert (
+        list(table.index) == ["sae", "pca-5"] and rows_left_out(pd.DataFrame(older + newest), "s") == "first"
+    )
+    assert table.loc["sae"].to_dict() == {"fvu": 0.2, "delta_ce": 0.1}
+    assert measure_table(measures, "other").empty and rows_left_out(measures, "other") == "first"
+    assert list(measure_table(pd.DataFrame(newest[:1]), "s").columns) == ["nmse@content"]
 
 
 def test_saes_measured_on_other_rows_do_not_beat_each_other(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import nn
 
 from cache import fast_linear, load_model, products
 from cache.fast_linear import FastLinear, use_fast_products
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +74,36 @@ def test_gradients_of_any_order_reach_the_input() -> None:
         found.append((g, h))
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_that_are_trained_alone_have_their_gradients(calls: list[Any]) -> None:
+    net = layers()
+    use_fast_products(net)
+    net[0].bias.requires_grad_(True)
+    net(torch.randn(4, 12)).square().sum().backward()
+    assert net[0].bias.grad is not None and bool(net[0].bias.grad.any())
+    assert len(calls) >= 1, "the other layer still goes the fast way"
+
+
+def test_forward_mode_derivatives_are_those_of_the_plain_layer() -> None:
+    fast = layers()
+    plain = copy.deepcopy(fast)
+    use_fast_products(fast)
+    x, t = torch.randn(4, 12), torch.randn(4, 12)
+    for a, b in zip(torch.func.jvp(fast, (x,), (t,)), torch.func.jvp(plain, (x,), (t,))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_choice_of_library_does_not_hang_on_what_its_first_caller_had_switched_on() -> None:
+    script = """
+import torch
+torch.set_default_dtype(torch.float64)
+from cache.products import onednn_gains
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    print(onednn_gains() in (True, False))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_a_layer_that_is_trained_cast_or_under_autocast_does_as_before(calls: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def check_order(found: Flat, rows: int) -> None:
 def test_no_entry_above_the_bound_is_missed(
     seed: int, spread: float, outlier: float, scale: float, share: float, signed: bool
 ) -> None:
-    """The threshold is the exact score of an entry less one part in 10^12, so a margin a hair too small would lose it."""
+    """The threshold is the exact score of an entry less one part in 10^12; random errors are far below the bound, and how
+    tight it is show numbers just off midpoints, below."""
     x, w, b = problem(seed, spread, outlier)
     x, b = x * scale, b * scale
     u = scores(x, w, b)
@@ -81,6 +83,55 @@ def test_no_entry_above_the_bound_is_missed(
     assert torch.isin(wanted, found[0]).all()
     if spread == 0 and outlier == 1 and share < 0.1:
         assert len(found[0]) < 2 * len(wanted), "a margin so wide would compute far more than is kept"
+
+
+def off_midpoints(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers just off bfloat16 midpoints, so that all errors of a score have one sign: Cauchy-Schwarz with equality.
+
+    Scores of latents 100 to 102 are the largest, .503, and bfloat16 sees .31; of latents 0 to 7 .5, seen as .69.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    sign = torch.randint(0, 2, (D,), generator=gen) * 2.0 - 1
+    down = torch.where(torch.randperm(D, generator=gen) < D // 2, 1.0, -1.0)  # 1: rounds down, -1: up
+    x = sign * (1 + 2.0**-8 - down * 2.0**-16)
+    w, b = 1e-3 * torch.randn(F, D, generator=gen), torch.zeros(F)
+    w[100:103], b[100:103] = x * down, 0.5 + 2.0**-8
+    w[:8], b[:8] = -x * down, 0.5
+    return x.expand(B, D).contiguous(), w, b
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_margin_is_enough_for_the_largest_errors_and_a_twentieth_less_is_not(
+    seed: int, signed: bool
+) -> None:
+    x, w, b = off_midpoints(seed)
+    u = scores(x, w, b)
+    best = torch.tensor([100, 101, 102])
+    assert torch.equal(u.topk(3, dim=1).indices.sort(1).values, best.expand(B, 3))
+    low = u[0, 100].item() * (1 - 1e-5)
+
+    def kept(widen: float) -> dict[str, int]:
+        """How many of the 3 B largest each selection has."""
+        more: dict[str, Any] = {"scratch": Scratch(), "widen": widen}
+        bounds = Bounds(x, w, b, **more).above(low, signed=signed, at_most=B * F)
+        rows = screened_rows(x, w, b, 4, signed=signed, **more)
+        assert bounds is not None and rows is not None
+        found = {"bounds": bounds[0] % F, "rows": rows[1]}
+        if not signed:
+            above = screened_above(x, w, b, torch.full((F,), low), **more)
+            assert above is not None
+            found["above"] = above.indices
+        return {name: int(torch.isin(ids, best).sum()) for name, ids in found.items()}
+
+    assert set(kept(1.0).values()) == {3 * B}
+    assert set(kept(0.95).values()) == {0}
+    # the largest of a batch lie below others by both their margins: half of it loses them
+    for widen, count in ((1.0, 3 * B), (0.5, 0)):
+        largest = screened_largest(
+            x, w, b, 3 * B, signed=signed, scratch=Scratch(), low=0.9 * low, widen=widen
+        )
+        assert largest is not None and int(torch.isin(largest.indices, best).sum()) == count
 
 
 @settings(max_examples=30, deadline=None)

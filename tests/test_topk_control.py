@@ -65,6 +65,33 @@ def test_the_control_has_the_l0_width_and_schedule_of_the_atoms_and_is_trained_o
     assert "there already" in capsys.readouterr().err and len(controls(store)) == 1
 
 
+def test_the_control_learns_at_the_rate_that_the_sae_has_of_its_own(made, monkeypatch) -> None:
+    store, sae = made
+    run_folder = next(iter(store.workspace.glob("saes/*/run.json"))).parent
+    asked: list[SAEConfig] = []
+
+    def stop(_: Any, cfg: SAEConfig, *__: Any, **___: Any) -> None:
+        asked.append(cfg)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", stop)
+    own = SAEConfig.from_dict(sae.cfg.to_dict() | {"lr": 3e-3})
+    monkeypatch.setattr(module, "_own_run", lambda *_: module._OwnRun(run_folder, own, SCHEDULE))
+    with pytest.raises(KeyboardInterrupt):
+        matched_topk(sae, store)
+    assert [cfg.lr for cfg in asked] == [3e-3]
+
+
+@pytest.mark.parametrize("name", ["topk-3", "sae", "random"])
+def test_an_sae_put_beside_under_the_name_of_a_control_is_refused_not_replaced(
+    made, monkeypatch, name: str
+) -> None:
+    store, sae = made
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
+    with pytest.raises(UsageError, match=name):
+        evaluate_atoms(sae, store, beside={name: sae}, topk=True)
+
+
 def test_the_command_shows_it_among_the_controls_and_latest_stays_the_atoms(made, capsys) -> None:
     store, sae = made
     args = ["atoms", "latest", "--recovery", "0", "-w", str(store.workspace)]

@@ -9,7 +9,7 @@ import streamlit as st
 
 from app import figures, state
 from app.atom_table import HEAD, PREFIX, atom_table
-from app.catalogue import Catalogue, measure_table, read_catalogue, rows_left_out
+from app.catalogue import Catalogue, measure_table, newest_measures, read_catalogue, rows_left_out
 from cache.errors import AtomscopeError
 
 MEASURES = {
@@ -70,7 +70,10 @@ def evaluations(c: Catalogue, metas: list[dict[str, Any]]) -> None:
     rows = []
     for sae_id in c.measures["sae_id"].drop_duplicates():
         table = measure_table(c.measures, sae_id)
-        interval, skip = interval_of(c.measures, sae_id), rows_left_out(c.measures, sae_id)
+        interval, skip = (
+            interval_of(newest_measures(c.measures, sae_id)[0], sae_id),
+            rows_left_out(c.measures, sae_id),
+        )
         name = names.get(sae_id, sae_id) + ("" if skip == "first" else f", skip {skip}")
         for i, (subject, values) in enumerate(table.iterrows()):
             cells = [figures.number(values.get(m)) for m in MEASURES]
