@@ -166,7 +166,7 @@ def steps(x: torch.Tensor, args: argparse.Namespace) -> tuple[dict[str, Any], Tr
     if auto.screen.enabled:
         fns["screened"] = lambda: auto.step(batch, 0)
     say(f"d_model {D_MODEL}, d_sae {D_SAE}, k {K}, batch {BATCH}, {torch.get_num_threads()} threads, "
-        f"{DEAD_SHARE:.0%} dead, screening {'on' if auto.screen.enabled else 'off'} after the probe")  # fmt: skip
+        f"{DEAD_SHARE:.0%} dead, screening {'on' if auto.screen.enabled else 'off'}")  # fmt: skip
     with contextlib.ExitStack() as open_peers, tempfile.TemporaryDirectory() as folder:
         for name in peer_names(args):
             peer = Peer(name, args.python, **job(Rows(x, Path(folder))))
