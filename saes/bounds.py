@@ -26,7 +26,7 @@ UP = 1 + 2.0**-7
 """bfloat16 rounds by at most 2^-8 of a number: one multiplied by this is at least itself after it."""
 LARGE = 1e30
 SLICE = 2**22
-"""Entries that are searched at a time: they stay in cache."""
+"""Entries that are searched at a time: few enough to stay in cache, enough for every thread."""
 GROUPS = 4
 """Groups of latents for each that is kept: with so many, an eighth more than k pass the k-th largest maximum."""
 EVEN = 32
