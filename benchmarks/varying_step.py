@@ -68,13 +68,13 @@ def trainer_of(x: torch.Tensor, cfg: SAEConfig, screen: str) -> Trainer:
 def compared(exact: Trainer, x: torch.Tensor) -> tuple[float, float]:
     """Entries computed by kept ones, and the share on which the screened and the exact selection of one batch differ."""
     s, xc = exact.sae, exact.input_rows(x) - exact.sae.centre
-    entries, computed, real = [], [0], selection.sampled_dots
+    entries, computed, real = [], [0], selection.row_dots
     weights = xc, s.W_enc.detach(), s.b_enc.detach()
     screens, scratch = [Screen(enabled=on) for on in (False, True, True)], Scratch()
     screens[2] = screens[1]  # a second time: with the bound of the batch before
     for screen in screens:
         computed.clear()
-        selection.sampled_dots = lambda *a: computed.append(len(a[2])) or real(*a)  # type: ignore[func-returns-value]
+        selection.row_dots = lambda *a: computed.append(len(a[2])) or real(*a)  # type: ignore[func-returns-value]
         if s.cfg.fixed_k:
             rows = torch.arange(len(x))[:, None] * s.cfg.d_sae
             entries.append((screen(*weights, K, signed=s.cfg.signed)[1] + rows).view(-1))
@@ -85,7 +85,7 @@ def compared(exact: Trainer, x: torch.Tensor) -> tuple[float, float]:
             found = screen.above(*weights, s.threshold.detach(), scratch=scratch, dense_share=1 / 8)
         assert found is not None
         entries.append(found.places(s.cfg.d_sae))
-    selection.sampled_dots = real
+    selection.row_dots = real
     both = int(torch.isin(entries[0], entries[2]).sum())
     return sum(computed) / len(entries[2]), 1 - both / max(len(e) for e in entries)
 

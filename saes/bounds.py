@@ -17,9 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saes import kernels
 from saes.places import positive_places
-from saes.top_products import Scratch
+from saes.top_products import CHUNK_BYTES, Scratch
 
 HALF = torch.bfloat16
 UP = 1 + 2.0**-7
@@ -92,7 +91,7 @@ class Bounds:
         bound = self._row_bounds(low) if signed else None
         d_sae, count = len(self.w), 0
         places, values = [], []
-        block = max(1, kernels.CHUNK_BYTES // (d_sae * self.x.element_size()))
+        block = max(1, CHUNK_BYTES // (d_sae * self.x.element_size()))
         step = block if self.x.is_cuda else max(EVEN, SLICE // d_sae // EVEN * EVEN)
         for i in range(0, len(self.x), block):
             x = self.x[i : i + block]
@@ -127,7 +126,7 @@ class Bounds:
         margin, d_sae, count = 2 * self._row_margin(), len(self.w), 0
         size = next(n for n in range(max(1, d_sae // (GROUPS * k)), 0, -1) if d_sae % n == 0)
         places = []
-        block = max(1, kernels.CHUNK_BYTES // (d_sae * self.x.element_size()))
+        block = max(1, CHUNK_BYTES // (d_sae * self.x.element_size()))
         step = block if self.x.is_cuda else max(EVEN, SLICE // d_sae // EVEN * EVEN)
         for i in range(0, len(self.x), block):
             x = self.x[i : i + block]

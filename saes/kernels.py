@@ -20,41 +20,9 @@ from torch.nn import functional as F
 
 from saes.gradients import GradientBuffers, SlicedSums
 from saes.products import product
+from saes.row_dots import bags, row_dots
 from saes.row_topk import keep_largest
-from saes.top_products import CHUNK_BYTES, Also, top_pre_activations
-
-
-def row_dots(g: Tensor, w: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """`g[row of entry] . w[indices[entry]]` for g `[B, d]`, w `[F, d]`, in the shape of `indices`; no `[nnz, d]` gather.
-
-    indices int64 `[B, k]`, or flat `[nnz]` with offsets int64 `[B + 1]`. Uses the private aten op behind
-    embedding_bag's own backward; where this torch lacks it, a chunked gather.
-    """
-    op = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
-    if op is None or indices.numel() == 0:
-        return _row_dots_by_gather(g, w, indices, offsets)
-    starts, bag_of = _bags(indices, offsets)
-    return op(g.contiguous(), w, indices.reshape(-1), starts, bag_of, 0, -1).view(indices.shape)
-
-
-def _row_dots_by_gather(g: Tensor, w: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
-    flat, rows = indices.reshape(-1), _bags(indices, offsets)[1]
-    out = g.new_empty(flat.shape)
-    block = max(1, CHUNK_BYTES // max(1, g.shape[1] * g.element_size()))
-    for i in range(0, len(flat), block):
-        at = slice(i, i + block)
-        out[at] = torch.einsum("nd,nd->n", g[rows[at]], w[flat[at]])
-    return out.view(indices.shape)
-
-
-def _bags(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Start of each row's entries int64 `[B]`, and the row of each entry int64 `[nnz]`."""
-    if offsets is not None:
-        rows = torch.arange(len(offsets) - 1, device=indices.device)
-        return offsets[:-1], rows.repeat_interleave(offsets.diff(), output_size=indices.numel())
-    n, k = indices.shape
-    starts = torch.arange(0, n * k, k, device=indices.device) if k else indices.new_zeros(n)
-    return starts, torch.arange(n, device=indices.device).repeat_interleave(k)
+from saes.top_products import Also, top_pre_activations
 
 
 def decode_rows(values: Tensor, indices: Tensor, w_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -96,7 +64,7 @@ class Support:
 
     def rows(self) -> Tensor:
         """Row of each entry, int64 `[nnz]`."""
-        return _bags(self.indices, self.offsets)[1]
+        return bags(self.indices, self.offsets)[1]
 
     def split(self, widths: tuple[int, ...]) -> Support:
         """The same entries with `len(widths)` rows for each row: one for the ids below each width and not the last.

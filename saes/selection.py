@@ -21,12 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saes import kernels
 from saes.bounds import Bounds
 from saes.places import largest_places, true_places
 from saes.products import linear_into
-from saes.sampled_dots import sampled_dots
-from saes.top_products import Scratch, top_pre_activations
+from saes.row_dots import row_dots
+from saes.top_products import CHUNK_BYTES, Scratch, top_pre_activations
 
 DENSE_SHARE = 1 / 8
 """Where more of the latents fire, dense products are cheaper than bags."""
@@ -67,7 +66,7 @@ def _blocks(
     head: rows of a first block of its own, on which a caller decides whether to go on.
     """
     d_sae = len(w_enc)
-    block = max(1, min(len(xc), kernels.CHUNK_BYTES // (d_sae * xc.element_size())))
+    block = max(1, min(len(xc), CHUNK_BYTES // (d_sae * xc.element_size())))
     head = min(head, block, len(xc))
     starts = [*range(0, head, head or 1), *range(head, len(xc), block), len(xc)]
     for i, end in pairwise(starts):
@@ -269,7 +268,7 @@ class _Entries:
 
     def values(self, xc: Tensor, w_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Pre-activations in float32; they differ from those of a matrix product in the order of summation alone."""
-        return sampled_dots(xc, w_enc, self.ids, _offsets(self.rows, len(xc))) + b_enc[self.ids]
+        return row_dots(xc, w_enc, self.ids, _offsets(self.rows, len(xc))) + b_enc[self.ids]
 
     def flat(self, values: Tensor, which: Tensor, n_rows: int) -> Flat:
         """What is kept of them."""

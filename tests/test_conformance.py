@@ -238,7 +238,7 @@ def test_the_batch_size_does_not_change_codes(activation: str, monkeypatch) -> N
     for size in (1, 7):
         parts = torch.cat([sae.encode(x[i : i + size]).dense(F) for i in range(0, 64, size)])
         torch.testing.assert_close(parts, whole.dense(F), rtol=1e-5, atol=1e-6)
-    for place in ("kernels", "top_products"):
+    for place in ("selection", "top_products"):
         monkeypatch.setattr(f"saes.{place}.CHUNK_BYTES", F * 4 * 5)
     blocks = sae.encode(x)
     torch.testing.assert_close(blocks.dense(F), whole.dense(F), rtol=1e-5, atol=1e-6)

@@ -1,20 +1,22 @@
-"""gradcheck of the sparse kernels in float64, on both ways to the gradient of the codes: torch's private op and a gather.
+"""gradcheck of the sparse kernels in float64, on all three ways to the gradient of the codes: torch's sampled product, its
+private op, and a gather.
 
-The private op (`aten._embedding_bag_per_sample_weights_backward`) may go away with a torch release; then the gather is
-all there is, and has to train the same SAE.
+The sampled product is in beta and the private op (`aten._embedding_bag_per_sample_weights_backward`) may go away with a
+torch release; then the gather is all there is, and has to train the same SAE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from saes import TrainConfig, kernels, presets, train
-from saes.kernels import Dead, Support, decode_from, encode_at, row_dots
+from saes import TrainConfig, presets, train
+from saes import row_dots as dots
+from saes.kernels import Dead, Support, decode_from, encode_at
+from saes.row_dots import row_dots
 
 OP = "_embedding_bag_per_sample_weights_backward"
 D, F, ROWS = 5, 12, 6
@@ -33,13 +35,29 @@ class _WithoutOp:
         return getattr(self._real, name)
 
 
-@pytest.fixture(params=["private op", "gather"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "gather":
+@pytest.fixture(params=["sampled", "private op", "gather"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    assert dots.has_sampled() and hasattr(torch.ops.aten, OP), "this torch lacks a way: it is not tested"
+    force(request.param, monkeypatch)
+    return request.param
+
+
+def force(way: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Leave torch this way and slower ones; the ways that are called from now on."""
+    if way != "sampled":
+        monkeypatch.setattr(dots, "has_sampled", lambda: False)
+    if way == "gather":
         monkeypatch.setattr(torch.ops, "aten", _WithoutOp(torch.ops.aten))
-    else:
-        assert hasattr(torch.ops.aten, OP), "this torch has no private op: only the gather is left to test"
-    yield request.param
+    called: list[str] = []
+    for name in ("by_sampled", "by_private_op", "by_gather"):
+        real = getattr(dots, name)
+
+        def noted(*args: Any, name: str = name, real: Any = real) -> torch.Tensor:
+            called.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(dots, name, noted)
+    return called
 
 
 def support(counts: list[int] | None) -> Support:
@@ -86,10 +104,30 @@ def test_the_gradient_of_the_codes_is_a_dot_product_for_each_entry(counts: str, 
     g, w = leaf(ROWS, D, seed=1).detach(), leaf(F, D, seed=2).detach()
     want = (g[s.rows()] * w[s.ids]).sum(1).view(s.indices.shape)
     torch.testing.assert_close(row_dots(g, w, s.indices, s.offsets), want)
+    # rows that are a view, and latents in any order, some twice
+    ids = torch.tensor([3, 0, 3, 11, 2, 2])[torch.arange(ROWS * 4).view(ROWS, 4) % 6]
+    wide = leaf(ROWS, 2 * D, seed=3).detach()[:, ::2]
+    torch.testing.assert_close(row_dots(wide, w, ids), torch.einsum("bd,bkd->bk", wide, w[ids]))
 
 
-def test_training_without_the_private_op_gives_the_same_sae(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole run on the fallback: fixed and varying L0, AuxK, nested prefixes."""
+def test_the_gather_in_chunks_is_the_gather_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, g, w = support(COUNTS["varying"]), leaf(ROWS, D, seed=1).detach(), leaf(F, D, seed=2).detach()
+    want = dots.by_gather(g, w, s.indices, s.offsets)
+    monkeypatch.setattr(dots, "CHUNK_BYTES", D * 8 * 2)
+    torch.testing.assert_close(dots.by_gather(g, w, s.indices, s.offsets), want)
+
+
+def test_rows_in_half_precision_do_not_go_to_the_sampled_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has it for float32 and float64 only."""
+    called = force("sampled", monkeypatch)
+    g, w = leaf(ROWS, D, seed=1).detach().bfloat16(), leaf(F, D, seed=2).detach().bfloat16()
+    found = row_dots(g, w, support(None).indices)
+    assert found.dtype == torch.bfloat16 and "by_sampled" not in called
+
+
+@pytest.mark.parametrize("fallback", ["private op", "gather"])
+def test_training_on_a_fallback_gives_the_same_sae(fallback: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run: fixed and varying L0, AuxK, nested prefixes."""
     x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
     configs = [
         presets.topk(d_sae=48, k=4, name="topk"),
@@ -99,12 +137,10 @@ def test_training_without_the_private_op_gives_the_same_sae(monkeypatch: pytest.
     config = TrainConfig(
         steps=30, batch_size=64, lr=5e-3, dead_window_tokens=128, dead_refresh_steps=5, screen="off"
     )
-    private = train(x, configs, config)
-    calls: list[int] = []
-    gather = kernels._row_dots_by_gather
-    monkeypatch.setattr(kernels, "_row_dots_by_gather", lambda *a: (calls.append(1), gather(*a))[1])
-    monkeypatch.setattr(torch.ops, "aten", _WithoutOp(torch.ops.aten))
-    for a, b in zip(private, train(x, configs, config), strict=True):
+    usual = train(x, configs, config)
+    called = force(fallback, monkeypatch)
+    for a, b in zip(usual, train(x, configs, config), strict=True):
         for (name, p), q in zip(a.sae.named_parameters(), b.sae.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert len(calls) >= 3 * config.steps
+    assert called.count(f"by_{fallback.replace(' ', '_')}") >= 3 * config.steps
+    assert len(set(called)) == 1

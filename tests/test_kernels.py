@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from saes import kernels, presets, screening, top_products
-from saes.kernels import Dead, row_dots, sparse_step
+from saes.kernels import Dead, sparse_step
+from saes.row_dots import by_gather
 from saes.screening import Screen, screening_gains
 from saes.top_products import Also, column_width, top_pre_activations
 
@@ -56,7 +57,7 @@ def test_gradient_of_each_term_equals_dense_autograd(
     term: str, signed: bool, fallback: bool, monkeypatch
 ) -> None:
     if fallback:
-        monkeypatch.setattr(kernels, "row_dots", kernels._row_dots_by_gather)
+        monkeypatch.setattr(kernels, "row_dots", by_gather)
     dead = Dead(torch.tensor([1, 4, 6, 17, 30, 31]), 3)
     sparse, dense = _params(), _params()
     out = sparse_step(*sparse, k=K, signed=signed, dead=dead)
@@ -101,24 +102,6 @@ def test_latents_that_never_fire_get_zero_gradient_not_garbage() -> None:
     (out.x_hat**2).sum().backward()
     assert wd.grad is not None
     assert int((wd.grad.abs().sum(1) > 0).sum()) == 1
-
-
-def test_row_dots_private_op_equals_gather() -> None:
-    g, w = torch.randn(11, 6), torch.randn(20, 6)
-    ids = torch.randint(0, 20, (11, 4))
-    torch.testing.assert_close(row_dots(g, w, ids), kernels._row_dots_by_gather(g, w, ids))
-
-
-def test_row_dots_of_rows_with_any_number_of_entries_equal_their_definition(monkeypatch) -> None:
-    """Empty rows included, and in the chunks of the fallback."""
-    g, w, counts = torch.randn(5, 6), torch.randn(20, 6), torch.tensor([3, 0, 7, 0, 1])
-    ids, rows = torch.randint(0, 20, (11,)), torch.arange(5).repeat_interleave(counts)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    want = (g[rows] * w[ids]).sum(1)
-    torch.testing.assert_close(row_dots(g, w, ids, offsets), want)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 6 * 4 * 2)
-    torch.testing.assert_close(kernels._row_dots_by_gather(g, w, ids, offsets), want)
-    assert row_dots(g, w, ids[:0], torch.zeros(6, dtype=torch.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saes import presets, sampled_dots, selection, training
+from saes import presets, selection, training
 from saes.activations import training_step
 from saes.bounds import Bounds
 from saes.config import SAEConfig, TrainConfig
-from saes.kernels import Dead, row_dots
+from saes.kernels import Dead
 from saes.places import largest_places, true_places
-from saes.sampled_dots import sampled_dots as dots
 from saes.screening import Screen
 from saes.selection import (
     Flat,
@@ -431,15 +430,3 @@ def test_places_are_those_of_a_plain_search(seed: int, size: int, share: float) 
     places = largest_places(values, n)
     assert len(places) == n and (places.diff() > 0).all()
     assert torch.equal(values[places].sort().values, values.sort().values[size - n :])
-
-
-def test_sampled_dots_are_row_dots_where_torch_has_the_sampled_product_and_where_not(monkeypatch) -> None:
-    gen = torch.Generator().manual_seed(0)
-    x, w = torch.randn(5, D, generator=gen), torch.randn(9, D, generator=gen)
-    ids, offsets = torch.tensor([1, 4, 0, 8, 2, 3]), torch.tensor([0, 2, 2, 3, 5, 6])
-    wanted = (x[[0, 0, 2, 3, 3, 4]] * w[ids]).sum(1)
-    torch.testing.assert_close(dots(x, w, ids, offsets), wanted)
-    monkeypatch.setattr(sampled_dots, "supported", lambda: False)
-    torch.testing.assert_close(dots(x, w, ids, offsets), wanted)
-    assert torch.equal(dots(x, w, ids, offsets), row_dots(x, w, ids, offsets))
-    assert dots(x, w, ids[:0], torch.zeros(6, dtype=torch.int64)).shape == (0,)
