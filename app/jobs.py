@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from cache.errors import MissingDataError, UsageError
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.presets import PRESETS
+from saes.train_config import TrainConfig
 
 FAST = "fast"
 """As a preset: TopK on FAST's data path. Beside another preset it is `data: fast` (docs/fast.md)."""

@@ -20,7 +20,8 @@ from typing import Any
 
 from app import jobs
 from cache.errors import DataError, UsageError
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
+from saes.train_config import TrainConfig
 
 SHARE = 0.8
 """Of the memory that is free when a sweep starts, what its runs may take."""

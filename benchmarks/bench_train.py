@@ -39,10 +39,11 @@ from benchmarks.train_eight import data_share, versus_multisae
 from benchmarks.train_growth import growth
 from benchmarks.train_peers import Peer, Rows, curves, environment, median_ratio, memory_growth
 from saes import presets
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.kernels import Dead
 from saes.selection import threshold_for
 from saes.sources import Moments
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 
 D_MODEL, D_SAE, K, BATCH = 576, 16_384, 32, 2_048

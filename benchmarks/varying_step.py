@@ -28,12 +28,13 @@ import torch
 
 from benchmarks.bench_train import BATCH, D_MODEL, K, interleave, make_dead, planted_rows
 from saes import presets, selection
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.gba import set_bias
 from saes.screening import Screen
 from saes.selection import threshold_for
 from saes.sources import Moments
 from saes.top_products import Scratch
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ _EXPORTS = {
     "SAE": "saes.sae",
     "Codes": "saes.codes",
     "SAEConfig": "saes.config",
-    "TrainConfig": "saes.config",
+    "TrainConfig": "saes.train_config",
     "train": "saes.training",
     "TrainResult": "saes.training",
     "attach": "saes.splice",
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from saes.codes import Codes as Codes
     from saes.compare import compare_saes as compare_saes
     from saes.config import SAEConfig as SAEConfig
-    from saes.config import TrainConfig as TrainConfig
     from saes.conventions import Conventions as Conventions
     from saes.evaluation import evaluate as evaluate
     from saes.indexing import build_index as build_index
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from saes.synthetic import Suite as Suite
     from saes.synthetic import make_suite as make_suite
     from saes.topk_control import matched_topk as matched_topk
+    from saes.train_config import TrainConfig as TrainConfig
     from saes.training import TrainResult as TrainResult
     from saes.training import train as train
 

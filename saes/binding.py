@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from cache.errors import DataError, UsageError
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.sources import RingSource, Source, StoreSource, tensor_source
+from saes.train_config import TrainConfig
 
 
 def open_source(data: Any, hook: str | None, out_hook: str | None) -> Source:

@@ -6,15 +6,14 @@ Objective terms are floats that default to 0. Combinations that are not legal ar
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Literal, get_args
 
 from cache.errors import UsageError
-from cache.filters import row_classes
+from saes.checked_config import CheckedConfig
 
 Activation = Literal["topk", "abs_topk", "batch_topk", "batch_abs_topk", "jumprelu", "relu", "gated"]
 Space = Literal["raw", "scalar", "aip", "unit"]
@@ -37,44 +36,8 @@ TERMS: dict[str, tuple[str, ...]] = {
 }
 
 
-class _Config:
-    """JSON round trip shared by the configs; unknown keys are refused."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UsageError(
-                f"{cls.__name__} has no field {', '.join(unknown)}: known are {', '.join(sorted(known))}"
-            )
-        return cls(**values)
-
-    def _check_numbers(self) -> None:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            kind, _, optional = f.type.partition(" | ")
-            value, word = getattr(self, f.name), {"int": "whole number", "float": "number"}.get(kind)
-            if word and not isinstance(value, int | float) and not (optional and value is None):
-                raise UsageError(f"{f.name} must be a {word}, got {value!r}")
-
-    def _check_whole(self, least: int, *fields: str) -> None:
-        for field in fields:
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise UsageError(f"{field} must be a whole number of at least {least}, got {value}")
-
-    def _check_moment(self, *fields: str) -> None:
-        for field in fields:
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < 1:
-                raise UsageError(f"{field} is a moment of Adam, from 0 to below 1, got {value}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class SAEConfig(_Config):
+class SAEConfig(CheckedConfig):
     """What one SAE is. `d_model`, `hook` and `model` are filled in by `train` from the data."""
 
     d_sae: int
@@ -133,6 +96,8 @@ class SAEConfig(_Config):
     """gba: over the run, head-room can fall by e to this power: runs too short for the gammas take larger ones; 0: never."""
     gba_eps: float = 1e-6
     """gba: a latent that fires less often than this in its window is silent."""
+    gba_b_dec: Literal["fixed", "trained"] = "fixed"
+    """gba: whether b_dec stays at the geometric median of the rows; the paper does not say."""
     gba_freeze: float = 0.05
     """gba: last share of the run in which biases stay, so that weights settle under the thresholds that are saved."""
     beta1: float | None = None
@@ -228,6 +193,10 @@ class SAEConfig(_Config):
             raise UsageError(f"bias_rule {self.bias_rule!r} is not one of {', '.join(BIAS_RULES)}")
         if self.gba_sizes not in ("equal", "inverse"):
             raise UsageError(f"gba_sizes is equal or inverse, got {self.gba_sizes!r}")
+        if self.gba_b_dec not in ("fixed", "trained"):
+            raise UsageError(f"gba_b_dec is fixed or trained, got {self.gba_b_dec!r}")
+        if self.gba_b_dec == "trained" and self.space == "unit":
+            raise UsageError("space unit measures rows from a centre that stays: leave gba_b_dec fixed")
         for field in ("gba_gamma_up", "gba_gamma_down", "gba_freeze"):
             if not 0 <= getattr(self, field) < 1:
                 raise UsageError(f"{field} is a share of 1, got {getattr(self, field)}")
@@ -323,79 +292,3 @@ class SAEConfig(_Config):
     def aux_width(self) -> int:
         """Dead latents that AuxK may use on a row: `k_aux`, or the power of two nearest half the width of the output."""
         return self.k_aux or 2 ** max(0, round(math.log2(max(self.width_out / 2, 1.0))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Config):
-    """How SAEs are trained. The same for all SAEs of one run: they see the same batches."""
-
-    steps: int = 10_000
-    """Optimiser steps."""
-    batch_size: int = 4096
-    """Rows (tokens) of a step."""
-    lr: float | None = None
-    """Peak learning rate of Adam; None: 2e-4 / sqrt(d_sae / 2^14), the rule of both large libraries."""
-    warmup_steps: int = 1000
-    """Steps of linear warm-up, at most a tenth of the run."""
-    decay_fraction: float = 0.2
-    """Last share of the run over which the learning rate falls linearly to 0."""
-    beta1: float = 0.9
-    """First Adam moment."""
-    beta2: float = 0.999
-    """Second Adam moment."""
-    eps: float = 6.25e-10
-    """Adam epsilon (Gao et al. 2024)."""
-    grad_clip: float = 1.0
-    """Largest gradient norm, after the decoder projection; 0 switches it off."""
-    dead_window_tokens: int | None = None
-    """A latent silent for this many rows is dead; None: min(10M, a twentieth of the run)."""
-    dead_refresh_steps: int = 50
-    """Steps between two refreshes of the list of dead latents."""
-    screen: Literal["auto", "on", "off"] = "auto"
-    """bf16 screening of the encoder. auto: from 2,048 latents on, where the device multiplies bf16 fast."""
-    autocast: Literal["auto", "on", "off"] = "auto"
-    """bf16 products of AuxK and of steps on dense tensors (relu, gated, early jumprelu). auto: on a GPU."""
-    seed: int = 0
-    """Seed of the initialisation and of the order of the data."""
-    split: Literal["train", "heldout"] | None = "train"
-    """Rows used: of train documents, of held-out ones, or of all."""
-    skip: str | None = "first"
-    """Rows left out: first (position 0 of a context, the attention sink), special, not_assistant, joined by +."""
-    log_every: int = 50
-    """Steps between two rows of metrics."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-
-    def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_whole(1, "steps", "batch_size", "log_every", "dead_refresh_steps", "dead_window_tokens")
-        self._check_whole(0, "warmup_steps", "seed")
-        self._check_moment("beta1", "beta2")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise UsageError(f"lr must be above 0, got {self.lr}")
-        for field in ("eps", "grad_clip"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
-        row_classes(self.split, self.skip)
-        if not 0 <= self.decay_fraction <= 1:
-            raise UsageError(f"decay_fraction is a share of the run, got {self.decay_fraction}")
-        for switch in ("screen", "autocast"):
-            if getattr(self, switch) not in ("auto", "on", "off"):
-                raise UsageError(f"{switch} must be auto, on or off, got {getattr(self, switch)!r}")
-
-    def peak_lr(self, d_sae: int, own: float | None = None) -> float:
-        """Of an SAE of `d_sae` latents: its own (`SAEConfig.lr`), the run's, or by the rule."""
-        if own is not None:
-            return own
-        return self.lr if self.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5
-
-    def lr_at(self, step: int, d_sae: int, own: float | None = None) -> float:
-        """Learning rate of step `step` (0-based): linear warm-up, plateau, linear decay."""
-        warm = max(1, min(self.warmup_steps, self.steps // 10))
-        decay = max(1, round(self.steps * self.decay_fraction))
-        rise = min(1.0, (step + 1) / warm)
-        fall = min(1.0, (self.steps - step) / decay)
-        return self.peak_lr(d_sae, own) * min(rise, fall)
-
-    def dead_window(self) -> int:
-        return self.dead_window_tokens or max(1, min(10_000_000, self.steps * self.batch_size // 20))

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from saes.checkpoint import latest_checkpoint
-from saes.config import TrainConfig
 from saes.runs import Diverged, folder_of, update
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 
 NAMED = 3

@@ -7,7 +7,7 @@
     phi un-shifted (activation jumprelu): passes w (x - b_dec) where it is above -b; shifted (relu): adds b.
 
 In between, b stays: p_k bounds the frequency from above, and sum_k M_k p_k bounds L0 once the rule has converged. b_dec
-is the geometric median of the rows and stays; span is the mean norm of a centred row (1 in space `unit`). A window
+is the geometric median of the rows and stays (`gba_b_dec` "trained": starts there); span is the mean norm of a centred row (1 in space `unit`). A window
 holds `gba_events` / p_k rows (at most a twentieth of the run), so rare groups wait longer. Counts and maxima run on; pre-activations are never
 kept. Time constants: the paper takes gamma = 0.01 every 50 steps over some 200,000; a run too short for that takes
 larger or more frequent steps, so that an over-active latent's head-room can still shrink by e^`gba_folds`. The step of
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from cache.errors import UsageError
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.kernels import StepOutput
+from saes.train_config import TrainConfig
 
 TOP_FREQUENCY = 0.5
 CONVERGED = 0.05
@@ -128,7 +129,8 @@ class GroupBias:
     def prepare(self, sae: Any) -> None:
         """Give an SAE the parameter a_m (`gain`), and take the tied decoder and the biases from the optimiser."""
         sae.gain = torch.nn.Parameter(torch.ones_like(sae.b_enc))
-        for name in ("W_dec", "b_enc", "threshold", "b_dec"):
+        fixed = ("b_dec",) if self.cfg.gba_b_dec == "fixed" else ()
+        for name in ("W_dec", "b_enc", "threshold", *fixed):
             if hasattr(sae, name):
                 getattr(sae, name).requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Where a sparse step writes the gradients of its two weight matrices: buffers that live as long as the trainer.
+"""Where a sparse step writes the gradients of its two weight matrices: buffers that live as long as the run.
 
 A fresh `[d_sae, d_model]` tensor for each gradient costs its page faults, and each pass over it costs its bytes. Here
 the sums are made in slices of latents that stay in cache; a slice leaves it once, for the buffer. On the way the radial
@@ -13,14 +13,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from saes.top_products import Scratch
+
 SLICE_BYTES = 4 * 2**20
 
 
 class GradientBuffers:
-    """Buffers for W_enc and W_dec of one SAE; `fill` writes, `attach` hands them to the optimiser."""
+    """Buffers for W_enc and W_dec of one SAE; `fill` writes, `attach` hands them to the optimiser.
 
-    def __init__(self, w_enc: nn.Parameter, w_dec: nn.Parameter) -> None:
+    They are taken from `scratch`, so SAEs that step one after the other share them.
+    """
+
+    def __init__(self, w_enc: nn.Parameter, w_dec: nn.Parameter, scratch: Scratch) -> None:
         self._of = {"enc": w_enc, "dec": w_dec}
+        self._scratch = scratch
         self._buffers: dict[str, Tensor] = {}
         self._written: set[str] = set()
 
@@ -34,9 +40,8 @@ class GradientBuffers:
     ) -> None:
         """Write the sums, less `radial[f] w[f]`, plus rows `extra = (ids, rows)`; a second call before `attach` adds."""
         w, again = self._of[name].detach(), name in self._written
-        out = self._buffers.get(name)
-        if out is None:
-            out = self._buffers[name] = torch.empty_like(w)
+        out = self._scratch.get(f"gradient {name}", tuple(w.shape), w.dtype, w.device)
+        self._buffers[name] = out
         for f0, f1, part in sums.slices(max(1, SLICE_BYTES // (w.shape[1] * w.element_size()))):
             if again:
                 part = part.add_(out[f0:f1])
@@ -58,6 +63,7 @@ class GradientBuffers:
             p.grad = buffer if p.grad is None else p.grad + buffer
         found = bool(self._written)
         self._written.clear()
+        self._buffers.clear()
         return found
 
 

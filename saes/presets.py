@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cache.errors import UsageError
-from saes.config import Activation, SAEConfig, Space, TrainConfig
+from saes.config import Activation, SAEConfig, Space
+from saes.train_config import TrainConfig
 
 CONTROL = "control-"
 """Names of SAEs that are trained as a control begin with it (saes/topk_control.py); `latest` means none of them."""
@@ -131,12 +132,12 @@ def fast(preset: Callable[..., SAEConfig]) -> Callable[..., SAEConfig]:
 
 
 def fast_schedule(**other: Any) -> TrainConfig:
-    """The paper's training: 41M tokens in batches of 128, Adam, lr 7e-5, warm-up 16,000, decay over the last fifth.
-
-    Its learning rate also falls by a cosine to a tenth between the two; here it stays. Dead after 1,000 steps; seed 42.
+    """The paper's training: 41M tokens in batches of 128, Adam, lr 7e-5, warm-up 16,000, then by a cosine to a tenth, and
+    from there to 0 over the last fifth. Dead after 1,000 steps; seed 42.
     """
     paper: dict[str, Any] = {
-        "steps": 320_000, "batch_size": 128, "lr": 7e-5, "warmup_steps": 16_000, "decay_fraction": 0.2, "eps": 1e-8,
+        "steps": 320_000, "batch_size": 128, "lr": 7e-5, "warmup_steps": 16_000, "decay_fraction": 0.2,
+        "lr_schedule": "cosine", "lr_end": 0.1, "eps": 1e-8,
         "dead_window_tokens": 128_000, "skip": None, "seed": 42,
     }  # fmt: skip
     return TrainConfig(**(paper | other))

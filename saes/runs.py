@@ -21,11 +21,19 @@ import pyarrow.parquet as pq
 from cache.errors import AtomscopeError, DataError
 from cache.provenance import provenance
 from cache.workspace import canonical_json, only_one, read_json, write_json
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.sae import SAE
 from saes.sources import Source
+from saes.train_config import TrainConfig
 
 RECORD = "run.json"
+LATER: dict[str, Any] = {
+    "autocast": "auto",
+    "lr_schedule": "constant",
+    "lr_end": 0.1,
+    "gba_b_dec": "fixed",
+}
+"""Fields that runs of before them had not, with their defaults: these keep their names."""
 
 
 class Diverged(DataError):
@@ -58,12 +66,9 @@ def run_name(
     configs: Sequence[SAEConfig], config: TrainConfig, source: Source, warm: Sequence[SAE | None] = ()
 ) -> str:
     """`<label>-<hash>`, of configs that are bound to their data."""
-    schedule = {k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}
-    if config.autocast == "auto":  # a field that runs of before it had not: they keep their names
-        del schedule["autocast"]
     key: dict[str, Any] = {
-        "saes": [c.to_dict() for c in configs],
-        "train": schedule,
+        "saes": [_named(c.to_dict()) for c in configs],
+        "train": _named({k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}),
         "data": source.provenance,
     }
     if any(warm):
@@ -71,6 +76,11 @@ def run_name(
     digest = hashlib.sha256(canonical_json(key).encode()).hexdigest()[:8]
     more = f"-and-{len(configs) - 1}-more" if len(configs) > 1 else ""
     return f"{configs[0].label}{more}-{digest}"
+
+
+def _named(fields: dict[str, Any]) -> dict[str, Any]:
+    """What of a config stands in the name of a run."""
+    return {k: v for k, v in fields.items() if LATER.get(k, ...) != v}
 
 
 def folder_of(i: int, cfg: SAEConfig) -> str:

@@ -49,7 +49,7 @@ class Screen:
     A call is a drop-in for `top_pre_activations`, `above` for `above_threshold`, `largest` for `batch_largest`.
     """
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, *, enabled: bool, scratch: Scratch | None = None) -> None:
         self.enabled = enabled
         self.misses = 0
         self.audits = 0
@@ -58,7 +58,7 @@ class Screen:
         self._calls = 0
         self._rest = 0
         self._low: float | None = None
-        self._scratch = Scratch()
+        self._scratch = scratch or Scratch()
 
     def __call__(
         self, xc: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool, also: Also | None = None

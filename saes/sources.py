@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cache.devices import known_device
 from cache.errors import DataError, UsageError
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.sae import as_tensor
+from saes.train_config import TrainConfig
 
 
 class Moments(NamedTuple):

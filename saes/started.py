@@ -16,8 +16,9 @@ from cache.workspace import canonical_json, read_json
 from saes import warm_start as warm_starts
 from saes.binding import bind, open_source
 from saes.checkpoint import latest_step
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.runs import RECORD, run_name
+from saes.train_config import TrainConfig
 
 
 def started_groups(

@@ -22,11 +22,12 @@ from cache.progress import progress
 from cache.workspace import read_json
 from saes.binding import bind, open_source
 from saes.checkpoint import latest_step
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.evaluation import check_fit
 from saes.presets import CONTROL, topk
 from saes.runs import RECORD, Diverged, load_run, run_name
 from saes.sae import SAE
+from saes.train_config import TrainConfig
 from saes.training import train
 
 LEVEL_ROWS = 50_000

@@ -22,7 +22,7 @@ from torch import Tensor
 from cache.errors import DataError, UsageError
 from saes.activations import training_step, unit_rows
 from saes.aip import AIP
-from saes.config import BATCH_K, SAEConfig, TrainConfig
+from saes.config import BATCH_K, SAEConfig
 from saes.gba import GroupBias
 from saes.gradients import GradientBuffers
 from saes.initialise import MEDIAN_ROWS, geometric_median, initialise
@@ -35,6 +35,7 @@ from saes.selection import DENSE_SHARE, above_threshold, threshold_for
 from saes.separability import nearest_atoms, separability
 from saes.sources import Moments
 from saes.top_products import Scratch
+from saes.train_config import TrainConfig
 
 TRIM = 1000
 THETA_RATE = 0.01
@@ -52,8 +53,10 @@ class Trainer:
         moments: Moments,
         device: torch.device,
         target: Moments | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
-        """moments: of the input rows; target: of what a transcoder predicts. Space `aip` needs `whiten` before `start`."""
+        """moments: of the input rows; target: of what a transcoder predicts; scratch: buffers of a step, which trainers that
+        step one after the other share. Space `aip` needs `whiten` before `start`."""
         cfg.check_trainable()
         self.cfg, self.train = cfg, train
         self.sae = SAE(cfg).to(device)
@@ -89,14 +92,14 @@ class Trainer:
         self.sign_sum = torch.zeros(cfg.d_sae, dtype=torch.float64, device=device)
         self.rows_seen = 0
         self.dead: Dead | None = None
-        self.screen = Screen(enabled=train.screen == "on")
+        self._scratch = scratch or Scratch()
+        self.screen = Screen(enabled=train.screen == "on", scratch=self._scratch)
         self.half = train.autocast == "on" or (train.autocast == "auto" and device.type == "cuda")
         self.eps = 1.0
         self.theta = torch.full((), -1.0, dtype=torch.float64, device=device)
-        self._scratch = Scratch()
         # where W_enc and W_dec have no gradient but that of the step (a tied decoder and separability have)
         tied = cfg.bias_rule == "gba" or cfg.separability > 0
-        self._into = None if tied else GradientBuffers(self.sae.W_enc, self.sae.W_dec)
+        self._into = None if tied else GradientBuffers(self.sae.W_enc, self.sae.W_dec, self._scratch)
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._sum_steps = 0
 
@@ -182,6 +185,8 @@ class Trainer:
         loss.backward()
         norm = self._project_and_clip(projected=self._into is not None and self._into.attach())
         self.optimiser.step()
+        # the next SAE of the run writes its gradients where these are
+        self.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             w = self._unit_rows
             w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12))

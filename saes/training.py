@@ -31,7 +31,7 @@ from saes import warm_start as warm_starts
 from saes.aip import SecondMoment, estimate_rows, second_moment
 from saes.binding import bind, check_data_path, open_source
 from saes.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.conventions import of_training
 from saes.divergence import Together
 from saes.gba import warning as gba_warning
@@ -39,6 +39,8 @@ from saes.run_log import Listener, MetricsLog
 from saes.runs import RECORD, TrainResult, claimed, folder_of, load_run, new_record, run_name
 from saes.sae import SAE
 from saes.sources import Rows, Source, training_arguments
+from saes.top_products import Scratch
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from saes.wandb_log import wandb_log
 from saes.warm_start import WarmStart
@@ -101,7 +103,8 @@ def _run(
 ) -> list[TrainResult]:
     started = time.time()
     moments = (source.moments(config), device, source.target_moments(config))
-    trainers = [Trainer(c, config, *moments) for c in configs]
+    scratch = Scratch()
+    trainers = [Trainer(c, config, *moments, scratch) for c in configs]
     group = Together(trainers, config, run)
     log = MetricsLog(run, listener)
     checkpoint = latest_checkpoint(run) if run is not None else None

@@ -12,12 +12,13 @@ from torch import Tensor
 from cache.errors import DataError, MissingDataError, UsageError
 from saes import training
 from saes.aip import AIP, SecondMoment, angle_histogram, histogram_median, store_aip
-from saes.config import ACTIVATIONS, SAEConfig, TrainConfig
+from saes.config import ACTIVATIONS, SAEConfig
 from saes.presets import threshold_atoms, topk
 from saes.recovery import recovery_scores
 from saes.sae import SAE, fold_whitening
 from saes.separability import nearest_atoms, separability
 from saes.synthetic import make_suite
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import HOOK, make_store
 

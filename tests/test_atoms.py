@@ -22,12 +22,13 @@ from saes.coherence import (
     tight_frame,
     welch,
 )
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.evaluation import load_evaluation
 from saes.presets import threshold_atoms, topk
 from saes.pursuit import basis_pursuit, matching_pursuit, recovers
 from saes.sae import SAE
 from saes.synthetic import make_suite
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import HOOK, OTHER, empty_store, fill, make_corpus, make_store
 from tests.test_cli import run

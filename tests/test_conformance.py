@@ -16,12 +16,13 @@ from cache.errors import UsageError
 from saes import activations, training
 from saes.activations import training_step
 from saes.aip import second_moment
-from saes.config import ACTIVATIONS, SAEConfig, TrainConfig
+from saes.config import ACTIVATIONS, SAEConfig
 from saes.kernels import Dead
 from saes.objectives import loss_terms
 from saes.presets import PRESETS
 from saes.sae import SAE, fold_input_scale
 from saes.sources import TensorSource
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from saes.training import train
 

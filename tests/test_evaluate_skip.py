@@ -17,10 +17,11 @@ from cache import ActivationStore, connect, load_model
 from cache.errors import MissingDataError, UsageError
 from cache.filters import class_mask, row_classes
 from saes.compare import frontier
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.evaluation import evaluate, load_evaluation, save_evaluation
 from saes.predictions import heldout_contexts, prediction_rows
 from saes.sae import SAE
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import HOOK, make_store
 from tests.test_cli import run

@@ -16,7 +16,7 @@ from cache import connect
 from cache.errors import DataError, MissingDataError
 from saes.codes import Codes
 from saes.compare import frontier
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.controls import fit_pca, untrained_dictionary
 from saes.evaluation import evaluate, load_evaluation
 from saes.initial import initial_sae
@@ -25,6 +25,7 @@ from saes.predictions import context_losses, heldout_batches
 from saes.sae import SAE
 from saes.sources import TensorSource
 from saes.splice import attach
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from tests.corpora import HOOK, empty_store, fill, make_corpus, make_store, random_vectors
 

@@ -15,9 +15,9 @@ from cache import build_corpus, harvest
 from cache.errors import UsageError
 from cache.packing import FLAG_NOT_ASSISTANT, FLAG_SPECIAL, Packing, pack
 from saes import presets
-from saes.config import TrainConfig
 from saes.evaluation import evaluate
 from saes.token_classes import CLASSES, class_masks, token_class_rows
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.test_cli import run
 from tests.tiny import SENTENCES, tiny_tokenizer
@@ -134,11 +134,14 @@ def test_fast_takes_any_architecture_and_changes_nothing_of_it(preset: str, stor
         assert torch.equal(tensor, b.state_dict()[name])
 
 
-def test_the_papers_schedule_warms_up_and_ends_with_its_linear_decay() -> None:
+def test_the_papers_schedule_warms_up_falls_by_a_cosine_and_ends_with_its_linear_decay() -> None:
     c = presets.fast_schedule()
     assert c.steps * c.batch_size == 40_960_000 and c.skip is None
-    assert c.lr_at(15_999, 4096) == 7e-5 and c.lr_at(200_000, 4096) == 7e-5
-    assert c.lr_at(288_000, 4096) == pytest.approx(3.5e-5)
+    assert c.lr_at(15_999, 4096) == c.lr_at(16_000, 4096) == 7e-5
+    middle = 16_000 + (320_000 - 16_000 - 64_000) // 2
+    assert c.lr_at(middle, 4096) == pytest.approx((7e-5 + 7e-6) / 2)
+    assert c.lr_at(256_000, 4096) == pytest.approx(7e-6)
+    assert c.lr_at(288_000, 4096) == pytest.approx(3.5e-6)
     assert presets.fast_schedule(steps=100).steps == 100
 
 

@@ -14,7 +14,7 @@ from app import jobs
 from cache.errors import UsageError
 from saes import activations
 from saes.activations import training_step
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.evaluation import evaluate
 from saes.gba import GroupBias, bias_of, groups_of, over_target, rates_of, set_bias, warning
 from saes.kernels import StepOutput
@@ -23,6 +23,7 @@ from saes.recovery import mmcs
 from saes.sae import SAE
 from saes.sources import TensorSource
 from saes.synthetic import make_suite
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from saes.training import train
 from tests.corpora import HOOK, make_store
@@ -236,10 +237,13 @@ def test_latents_reach_their_target_frequencies() -> None:
 
 @pytest.mark.parametrize("share", [2.0, -1.0], ids=["sparse", "dense"])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_tied_weights_equal_dense_autograd(form: str, share: float, monkeypatch) -> None:
+@pytest.mark.parametrize("b_dec", ["fixed", "trained"])
+def test_gradients_of_tied_weights_equal_dense_autograd(
+    form: str, share: float, b_dec: str, monkeypatch
+) -> None:
     monkeypatch.setattr(activations, "DENSE_SHARE", share)
     gen = torch.Generator().manual_seed(0)
-    cfg = gba(d_sae=30, d_model=6, activation=form)
+    cfg = gba(d_sae=30, d_model=6, activation=form, gba_b_dec=b_dec)
     sae = SAE(cfg).double()
     GroupBias(cfg, TrainConfig(), CPU).prepare(sae)
     with torch.no_grad():
@@ -251,12 +255,31 @@ def test_gradients_of_tied_weights_equal_dense_autograd(form: str, share: float,
     assert (out.indices is None) == (share < 0)
     ((out.x_hat - x) ** 2).sum().backward()
     w, a = sae.W_enc.detach().clone().requires_grad_(), sae.gain.detach().clone().requires_grad_()
-    u, b = (x - sae.b_dec) @ w.T, bias_of(sae)
+    centre = sae.b_dec.detach().clone().requires_grad_()
+    u, b = (x - centre) @ w.T, bias_of(sae)
     z = (u if form == "jumprelu" else u + b) * (u + b > 0)
-    ((z * a @ w + sae.b_dec - x) ** 2).sum().backward()
+    ((z * a @ w + centre - x) ** 2).sum().backward()
     torch.testing.assert_close(sae.W_enc.grad, w.grad)
     torch.testing.assert_close(sae.gain.grad, a.grad)
-    assert all(p.grad is None for p in (sae.W_dec, sae.b_enc, sae.b_dec))
+    if b_dec == "trained":
+        torch.testing.assert_close(sae.b_dec.grad, centre.grad)
+    else:
+        assert sae.b_dec.grad is None
+    assert all(p.grad is None for p in (sae.W_dec, sae.b_enc))
+
+
+def test_the_centre_stays_at_the_median_unless_it_is_trained() -> None:
+    x, centres = rows(), {}
+    config = TrainConfig(steps=50, batch_size=64, lr=1e-2, warmup_steps=1, screen="off")
+    for b_dec in ("fixed", "trained"):
+        t = trainer(gba(d_sae=40, gba_b_dec=b_dec, d_model=8), config, x)
+        first = t.sae.b_dec.detach().clone()
+        for step in range(50):
+            t.step(x[step * 64 : step * 64 + 64], step)
+        centres[b_dec] = float((t.sae.b_dec - first).norm())
+        sae = t.finish()
+        assert 1 - float(((sae(x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()) > 0.5
+    assert centres["fixed"] == 0.0 < centres["trained"]
 
 
 def test_biases_are_in_no_optimiser_and_the_run_starts_on_the_dense_switch() -> None:
@@ -275,7 +298,7 @@ def test_biases_are_in_no_optimiser_and_the_run_starts_on_the_dense_switch() -> 
     assert training_step(t.sae, x[:128] * t.scale).indices is not None
 
 
-@pytest.mark.parametrize("more", [{}, {"activation": "relu"}, {"space": "unit"}])
+@pytest.mark.parametrize("more", [{}, {"activation": "relu"}, {"space": "unit"}, {"gba_b_dec": "trained"}])
 def test_a_resumed_trainer_goes_on_bit_for_bit_with_its_counts(more: dict) -> None:
     x = rows()
     cfg = gba(d_sae=40, d_model=8, gba_ltf=5e-3, **more)
@@ -410,7 +433,8 @@ def test_planted_atoms_are_found_by_both_forms(seed: int) -> None:
         {"activation": "topk", "k": 3}, {"activation": "gated"}, {"auxk": 0.1}, {"l0": 0.1}, {"gba_htf": 1e-4},
         {"activation": "relu", "l1": 1.0}, {"gba_groups": 0}, {"separability": 0.1}, {"gba_groups": 99}, {"gba_htf": 1.0}, {"gba_ltf": 0.0},
         {"gba_gamma_up": 1.0}, {"gba_freeze": -0.1}, {"gba_sizes": "random"}, {"bias_rule": "hebb"}, {"gba_every": 0},
-        {"out_hook": "blocks.0.hook_mlp_out"}, {"gba_events": float("nan")},
+        {"out_hook": "blocks.0.hook_mlp_out"}, {"gba_events": float("nan")}, {"gba_b_dec": "zero"},
+        {"gba_b_dec": "trained", "space": "unit"},
     ],
 )  # fmt: skip
 def test_illegal_rules_are_refused(bad: dict) -> None:

@@ -15,9 +15,9 @@ from cache.catalog import connect
 from cache.errors import AtomscopeError, DataError
 from cache.workspace import locked
 from saes import training
-from saes.config import TrainConfig
 from saes.presets import PRESETS, topk
 from saes.sources import TensorSource
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.children import started
 from tests.corpora import HOOK, OTHER, make_store

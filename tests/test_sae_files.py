@@ -10,9 +10,10 @@ import torch
 
 from cache.errors import DataError, MissingDataError
 from saes.aip import AIP
-from saes.config import ACTIVATIONS, SAEConfig, TrainConfig
+from saes.config import ACTIVATIONS, SAEConfig
 from saes.presets import PRESETS
 from saes.sae import SAE, fix_signs, fold_input_scale
+from saes.train_config import TrainConfig
 from saes.training import train
 
 D, F, K = 16, 48, 4

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache.errors import DataError
-from saes.config import TrainConfig
 from saes.conventions import Conventions, of_training
 from saes.presets import topk
 from saes.sae import SAE
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import make_store
 from tests.test_sae_files import D, F, K, _theirs, make_sae

@@ -14,7 +14,7 @@ from torch import Tensor
 from saes import presets, selection, training
 from saes.activations import training_step
 from saes.bounds import Bounds
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.kernels import Dead
 from saes.places import largest_places, true_places
 from saes.screening import Screen
@@ -28,6 +28,7 @@ from saes.selection import (
 )
 from saes.sources import Moments
 from saes.top_products import Scratch
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from saes.training import train
 from tests.corpora import HOOK, make_store

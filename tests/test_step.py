@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from saes import presets
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.kernels import Dead, sparse_step
 from saes.row_topk import largest
 from saes.sources import Moments
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 
 D, F, K, B = 16, 96, 4, 64

@@ -16,11 +16,12 @@ from cache.errors import DataError, UsageError
 from saes import topk_control as module
 from saes import training
 from saes.atoms import evaluate_atoms
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.presets import batch_topk, threshold_atoms, topk
 from saes.sae import SAE
 from saes.synthetic import make_suite
 from saes.topk_control import DEFAULT, matched_topk
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import HOOK, empty_store, fill, make_corpus
 from tests.test_cli import run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from pathlib import Path
@@ -11,12 +12,16 @@ import pytest
 import torch
 
 from cache.errors import DataError, UsageError
+from cache.workspace import canonical_json
 from saes import presets, training
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.initialise import geometric_median
 from saes.presets import abs_topk, batch_abs_topk, batch_topk, jumprelu, relu_l1, topk
+from saes.runs import run_name
 from saes.sae import SAE
 from saes.sources import Moments, TensorSource
+from saes.top_products import Scratch
+from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from saes.training import train
 from tests.children import started
@@ -65,11 +70,50 @@ def test_every_step_keeps_decoder_rows_unit_and_the_gradient_tangent() -> None:
     source, config = TensorSource(x), TrainConfig(steps=50, batch_size=128, screen="off")
     t = Trainer(SAEConfig(d_sae=80, k=3, auxk=1 / 32, d_model=32), config, source.moments(config), CPU)
     t.start(x)
+    radial: list[float] = []
+
+    def look(*_: Any) -> None:
+        g = t.sae.W_dec.grad
+        assert g is not None and g.norm() > 0
+        radial.append(float((g * t.sae.W_dec.detach()).sum(1).abs().max() / g.norm(dim=1).max()))
+
+    t.optimiser.register_step_pre_hook(look)
     for step in range(5):
         t.step(x[step * 128 : (step + 1) * 128], step)
         assert (t.sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
-    g = t.sae.W_dec.grad
-    assert g is not None and torch.isfinite(g).all()
+    assert len(radial) == 5 and max(radial) < 1e-5
+
+
+@pytest.mark.parametrize("screen", ["on", "off"])
+def test_saes_of_one_run_share_buffers_and_train_as_they_do_alone(screen: str) -> None:
+    """What one of them left in a shared buffer must never reach another."""
+    x, _ = planted(4000)
+    config = TrainConfig(
+        steps=30, batch_size=128, lr=3e-3, warmup_steps=5, screen=screen, dead_window_tokens=512,  # type: ignore[arg-type]
+        dead_refresh_steps=5,
+    )  # fmt: skip
+    configs = [
+        topk(d_sae=96, k=3), batch_topk(d_sae=64, k=4), abs_topk(d_sae=48, k=2), jumprelu(d_sae=80),
+        presets.matryoshka(d_sae=64, k=3, matryoshka=(8, 24), name="nested"), relu_l1(d_sae=40), presets.gba(d_sae=50),
+    ]  # fmt: skip
+    together = train(x, configs, config)
+    for cfg, result in zip(configs, together, strict=True):
+        alone = train(x, [cfg], config)[0].sae
+        for name, tensor in alone.state_dict().items():
+            assert torch.equal(tensor, result.sae.state_dict()[name]), f"{cfg.label}: {name}"
+
+
+def test_gradients_of_many_saes_take_the_memory_of_one() -> None:
+    x, _ = planted(1000)
+    config, scratch = TrainConfig(steps=4, batch_size=128, screen="off"), Scratch()
+    source = TensorSource(x)
+    for width in (64, 128, 96):
+        t = Trainer(topk(d_sae=width, k=3, d_model=32), config, source.moments(config), CPU, scratch=scratch)
+        t.start(x)
+        t.step(x[:128], 0)
+        assert all(p.grad is None for p in t.sae.parameters())
+    held = {n: b.numel() for n, b in scratch._buffers.items() if n.startswith("gradient")}
+    assert held == {"gradient enc": 128 * 32, "gradient dec": 128 * 32}
 
 
 def test_the_loss_does_not_depend_on_the_units_of_the_data() -> None:
@@ -332,6 +376,45 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     rates = [c.lr_at(s, 64) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
     assert rates[79] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_the_learning_rate_is_that_of_sae_lens_at_every_step(schedule: str, decay: float) -> None:
+    optim = pytest.importorskip("sae_lens.training.optim")
+    c = TrainConfig(
+        steps=200, lr=2.0, warmup_steps=20, decay_fraction=decay, lr_schedule=schedule, lr_end=0.25
+    )  # type: ignore[arg-type]
+    adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=2.0)
+    name = {"constant": "constant", "cosine": "cosineannealing"}[schedule]
+    theirs = optim.get_lr_scheduler(name, adam, 200, 2.0, 20, int(200 * decay), 0.5, 1)
+    for step in range(200):
+        assert c.lr_at(step, 64) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-5), step
+        adam.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("bad", [{"lr_schedule": "step"}, {"lr_end": -0.1}, {"lr_end": 1.5}])
+def test_a_schedule_that_means_nothing_is_refused(bad: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        TrainConfig(**bad)
+
+
+def test_runs_of_before_a_field_existed_keep_their_names() -> None:
+    """A changed default, or a name that covers a later field, would train every old run again."""
+    x, _ = planted(512)
+    config, later = (
+        TrainConfig(steps=4, batch_size=64),
+        TrainConfig(steps=4, batch_size=64, lr_schedule="cosine"),
+    )
+    sae = topk(d_sae=64, k=3, d_model=32)
+    old = {"saes": [sae.to_dict()], "train": config.to_dict(), "data": TensorSource(x).provenance}
+    for fields in (old["saes"][0], old["train"]):
+        for name in ("checkpoint_seconds", "autocast", "lr_schedule", "lr_end", "gba_b_dec"):
+            fields.pop(name, None)
+    digest = hashlib.sha256(canonical_json(old).encode()).hexdigest()[:8]
+    assert run_name([sae], config, TensorSource(x)) == f"topk-64-k3-{digest}"
+    assert run_name([sae], later, TensorSource(x)) != run_name([sae], config, TensorSource(x))
 
 
 def test_a_few_attention_sinks_do_not_flatter_the_logged_fvu() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cache import build_corpus, harvest
 from cache.errors import DataError, UsageError
 from saes.activations import training_step
-from saes.config import ACTIVATIONS, SAEConfig, TrainConfig
+from saes.config import ACTIVATIONS, SAEConfig
 from saes.controls import fit_reduced_rank
 from saes.evaluation import evaluate
 from saes.indexing import build_index
@@ -23,6 +23,7 @@ from saes.objectives import loss_terms
 from saes.presets import PRESETS, jumprelu, relu_l1, topk
 from saes.sae import SAE
 from saes.splice import attach
+from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import HOOK, OTHER, empty_store, fill, make_corpus
 from tests.test_cli import run

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cache.errors import DataError, UsageError
 from cache.workspace import read_json
-from saes.config import SAEConfig, TrainConfig
+from saes.config import SAEConfig
 from saes.presets import PRESETS, topk
 from saes.sae import SAE
+from saes.train_config import TrainConfig
 from saes.training import train
 
 STEP = TrainConfig(steps=1, batch_size=2000, lr=1e-9, warmup_steps=1, screen="off", log_every=1, seed=7)

@@ -33,9 +33,9 @@ class Ours:
 
     def __init__(self, x: torch.Tensor, job: dict[str, Any]) -> None:
         from saes import presets
-        from saes.config import TrainConfig
         from saes.kernels import Dead
         from saes.sources import Moments
+        from saes.train_config import TrainConfig
         from saes.trainer import Trainer
 
         cfg = presets.topk(d_sae=job["d_sae"], k=job["k"], d_model=x.shape[1])
