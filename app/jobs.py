@@ -156,22 +156,23 @@ def _number(value: Any, *, whole: bool) -> Any:
 def estimate(
     saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes: int, d_out: int = 0
 ) -> dict[str, float]:
-    """Peak memory and disk of a run in bytes: weights, gradients and both Adam moments, buffers, checkpoints.
+    """Peak memory and disk of a run in bytes: weights and both Adam moments of all SAEs, gradients and blocks of the largest,
+    buffers, checkpoints.
 
     d_out: width of what transcoders predict, whose rows are read too; 0: SAEs.
     """
     row_bytes += 2 * d_out
-    parameters = sum(c.d_sae * (d_model + (d_out or d_model) + 1) + (d_out or d_model) for c in saes)
-    largest = max(c.d_sae for c in saes)
-    # weights + gradient + two moments; two windows of the stream; a batch and its gradients; kernel blocks
+    sizes = [c.d_sae * (d_model + (d_out or d_model) + 1) + (d_out or d_model) for c in saes]
+    parameters, largest = sum(sizes), max(c.d_sae for c in saes)
+    # two windows of the stream; a batch and its gradients; kernel blocks
     window = 2 * 32 * 6 * 2**20
     batch = 6 * config.batch_size * max(d_model, d_out) * 4 + 24 * config.batch_size * max(c.k for c in saes)
     # a threshold lets half of the latents through at first: eight dense tensors of a batch; AuxK on half of the latents: four
     dense = [32 * c.d_sae * (not c.has_k) + 8 * c.d_sae * (c.auxk > 0 and c.has_k) for c in saes]
     batch += config.batch_size * max(dense)
-    # bf16 screening keeps a copy of the encoder
-    half = 2 * d_model * sum(c.d_sae for c in saes) * (config.screen != "off")
-    memory = 16 * parameters + half + window + batch + 3 * 128 * 2**20 + 4 * largest
+    # bf16 screening keeps a copy of the encoder, and at worst 44 bytes for a 24th of a batch's places
+    half = (2 * d_model * largest + 44 * config.batch_size * largest / 24) * (config.screen != "off")
+    memory = 12 * parameters + 4 * max(sizes) + half + window + batch + 3 * 128 * 2**20 + 4 * largest
     checkpoint = 12 * parameters
     return {
         "parameters": parameters,
