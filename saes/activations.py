@@ -22,6 +22,7 @@ from torch import Tensor
 from saes.codes import Codes
 from saes.gradients import GradientBuffers
 from saes.kernels import Dead, StepOutput, Support, decode_from, encode_at
+from saes.nested import Nested
 from saes.products import decode_dense, encode_dense
 from saes.row_topk import keep_largest
 from saes.screening import Screen
@@ -144,7 +145,7 @@ def _top(
     support = Support(indices, cfg.d_sae, offsets, into)
     kept = None if also is None else also.values
     u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.centre, support, found, xc=xc, dead=dead, u_dead=kept)
-    return _reconstruct(sae, _Pre(u, u_dead, support), u if cfg.signed else u.relu(), dead)
+    return _reconstruct(sae, _Pre(u, u_dead, support), u if cfg.signed else u.relu(), dead, scratch=scratch)
 
 
 def _pre_above(
@@ -179,7 +180,12 @@ def _adapted(sae: Any, x: Tensor, xc: Tensor, select: Screen, scratch: Scratch, 
 
 
 def _reconstruct(
-    sae: Any, pre: _Pre, z: Tensor, dead: Dead | None, w_dec: Tensor | None = None
+    sae: Any,
+    pre: _Pre,
+    z: Tensor,
+    dead: Dead | None,
+    w_dec: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> StepOutput:
     cfg, w_dec = sae.cfg, sae.W_dec if w_dec is None else w_dec
     z_dead = (
@@ -187,7 +193,7 @@ def _reconstruct(
         if pre.u_dead is None or dead is None
         else keep_largest(pre.u_dead, dead.k_aux, signed=cfg.signed)
     )
-    prefixes = None
+    nested = None
     if pre.support is None:
         x_hat = decode_dense(z, w_dec, half=pre.half)
         e_hat = (
@@ -198,10 +204,10 @@ def _reconstruct(
     else:
         parts = pre.support.split((*cfg.matryoshka, cfg.d_sae))
         summed, e_hat = decode_from(z.reshape(-1), parts, w_dec, z_dead=z_dead, dead=dead)
-        nested = summed.view(pre.support.n_rows, -1, cfg.width_out).cumsum(1)
-        prefixes, x_hat = nested[:, :-1] + sae.b_dec, nested[:, -1]
+        nested = Nested(summed.view(pre.support.n_rows, -1, cfg.width_out), sae.b_dec, scratch or Scratch())
+        x_hat = nested.parts.sum(1)
     empty = z.new_zeros(0) if e_hat is None else e_hat
-    return StepOutput(x_hat=x_hat + sae.b_dec, e_hat=empty, prefixes=prefixes, **pre.codes(z))  # type: ignore[arg-type]
+    return StepOutput(x_hat=x_hat + sae.b_dec, e_hat=empty, nested=nested, **pre.codes(z))  # type: ignore[arg-type]
 
 
 def _gated(sae: Any, x: Tensor, pre: _Pre) -> StepOutput:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saes.gradients import GradientBuffers, SlicedSums
+from saes.nested import Nested
 from saes.products import product
 from saes.row_dots import bags, row_dots
 from saes.row_topk import keep_largest
@@ -258,8 +259,8 @@ class StepOutput(NamedTuple):
     """What a forward pass of training made.
 
     x_hat `[B, d_model]`; values and int64 indices `[B, k]`, or flat with offsets int64 `[B + 1]`, or (indices None,
-    the dense switch) values `[B, d_sae]`; e_hat `[B, d_model]` (empty without dead latents). prefixes: nested
-    reconstructions `[B, G - 1, d_model]` of a matryoshka SAE without the last; gate: the reconstruction of a gated
+    the dense switch) values `[B, d_sae]`; e_hat `[B, d_model]` (empty without dead latents). nested: the
+    reconstructions of a matryoshka SAE's prefixes; gate: the reconstruction of a gated
     SAE from its gate alone; sparsity: mean L1 or L0 of a row, differentiable.
     """
 
@@ -268,7 +269,7 @@ class StepOutput(NamedTuple):
     indices: Tensor | None
     e_hat: Tensor
     offsets: Tensor | None = None
-    prefixes: Tensor | None = None
+    nested: Nested | None = None
     gate: Tensor | None = None
     sparsity: Tensor | None = None
 

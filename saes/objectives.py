@@ -40,9 +40,8 @@ def loss_terms(
     error = out.x_hat - x
     errors = (error**2).sum(1)
     fit = errors.sum()
-    if out.prefixes is not None:
-        nested = ((out.prefixes - x[:, None]) ** 2).sum()
-        fit = (fit + nested) / (1 + out.prefixes.shape[1])
+    if out.nested is not None:
+        fit = out.nested.error(x) / out.nested.parts.shape[1]
     if out.gate is not None:
         fit = fit + ((out.gate - x) ** 2).sum()
     loss = fit / (len(x) * variance)

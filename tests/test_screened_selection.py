@@ -340,7 +340,8 @@ def step_of(trainer: Trainer, x: Tensor, screen: Screen) -> dict[str, Tensor]:
     out = training_step(s, x, dead=dead, select=screen, eps=trainer.eps)
     assert out.indices is not None
     loss = ((out.x_hat - x) ** 2).mean() + (out.e_hat**2).sum()
-    for extra in (out.prefixes, out.gate, out.sparsity):
+    prefixes = None if out.nested is None else out.nested.prefixes
+    for extra in (prefixes, out.gate, out.sparsity):
         loss = loss if extra is None else loss + ((extra**2).mean())
     s.zero_grad(set_to_none=True)
     loss.backward()
