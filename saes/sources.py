@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from cache.devices import known_device
-from cache.errors import DataError, UsageError
+from cache.errors import DataError, MissingDataError, UsageError
 from saes.config import SAEConfig
+from saes.metrics import SINK_RATIO
 from saes.sae import as_tensor
 from saes.train_config import TrainConfig
 
 
 class Moments(NamedTuple):
-    """Moments of the training rows: their number, E||x||."""
+    """Of the training rows without attention sinks, which would set the units of a run: their number, E||x||."""
 
     n: int
     mean_norm: float
@@ -94,8 +95,7 @@ class StoreSource:
         return self._moments(self.out_hook, cfg) if self.out_hook else None
 
     def _moments(self, hook: str, cfg: TrainConfig) -> Moments:
-        s = self.store.stats(hook, split=cfg.split, skip=cfg.skip)
-        return Moments(s.n, float(s.mean_norm))
+        return _usual_moments(self.store, hook, cfg)
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         inner = self.store.stream(
@@ -106,8 +106,12 @@ class StoreSource:
             skip=cfg.skip,
             state=state,
             device=device,
+            **self._mixing(cfg),
         )
         return _StoreRows(inner, self.hook, self.out_hook)
+
+    def _mixing(self, cfg: TrainConfig) -> dict[str, int]:
+        return {"window": cfg.window}
 
 
 @dataclass
@@ -121,10 +125,27 @@ class RingSource(StoreSource):
     def _check(self) -> None:
         """A ring is never complete: it is filled while it is read. It refuses hooks that it does not hold itself."""
 
+    @property
+    def ring_window(self) -> int:
+        return self.store.window
+
+    def _mixing(self, cfg: TrainConfig) -> dict[str, int]:  # noqa: ARG002 (a ring was made with its window)
+        return {}
+
     def _moments(self, hook: str, cfg: TrainConfig) -> Moments:
         """Of the first window: an estimate, kept beside the ring so that a resumed run has the same."""
-        s = self.store.stats(hook, split=cfg.split, skip=cfg.skip, seed=cfg.seed)
-        return Moments(s.n, float(s.mean_norm))
+        return _usual_moments(self.store, hook, cfg, seed=cfg.seed)
+
+
+def _usual_moments(store: Any, hook: str, cfg: TrainConfig, **more: Any) -> Moments:
+    """Position 0 is left out even where it is trained on; where there is no other row, it is all there is."""
+    parts = cfg.skip.split("+") if cfg.skip else []
+    usual = cfg.skip if "first" in parts else "+".join(["first", *parts])
+    try:
+        s = store.stats(hook, split=cfg.split, skip=usual, **more)
+    except MissingDataError:
+        s = store.stats(hook, split=cfg.split, skip=cfg.skip, **more)
+    return Moments(s.n, float(s.mean_norm))
 
 
 class _StoreRows:
@@ -173,12 +194,12 @@ class TensorSource:
             self.provenance["target"] = f"tensor-{_digest(self.target)}"
 
     def moments(self, cfg: TrainConfig) -> Moments:  # noqa: ARG002 (all rows of a tensor are training rows)
-        return Moments(len(self.x), self.x.double().norm(dim=1).mean().item())
+        return _tensor_moments(self.x)
 
     def target_moments(self, cfg: TrainConfig) -> Moments | None:  # noqa: ARG002 (as `moments`)
         if self.target is None:
             return None
-        return Moments(len(self.target), self.target.double().norm(dim=1).mean().item())
+        return _tensor_moments(self.target)
 
     def stream(self, cfg: TrainConfig, state: dict[str, Any] | None, device: torch.device) -> RowStream:
         return _TensorRows(self.x, self.target, cfg, state or {"epoch": 0, "offset": 0}, device)
@@ -228,6 +249,15 @@ def training_arguments(
         wanted = f"TrainConfig({', '.join(f'{k}={v!r}' for k, v in given.items())})"
         raise UsageError(f"the third argument is a TrainConfig, got {type(config).__name__}: write {wanted}")
     return list(saes), config or TrainConfig(), None if device is None else known_device(device)
+
+
+def _tensor_moments(x: Tensor) -> Moments:
+    """Rows of more than SINK_RATIO times the median norm are left out."""
+    norms = x.double().norm(dim=1)
+    usual = norms[norms <= SINK_RATIO * norms.median()]
+    if not usual.any():
+        usual = norms
+    return Moments(len(usual), usual.mean().item())
 
 
 def _checked(x: Tensor, what: str) -> Tensor:

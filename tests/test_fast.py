@@ -242,9 +242,14 @@ def script(monkeypatch: pytest.MonkeyPatch):
 def scores(gap: float, l0: tuple[float, float] = (16.0, 64.0)) -> dict[str, dict[str, float]]:
     """An arm whose errors are 2^gap on every class, and of JumpReLU fall as L0 rises: 2^gap at L0 32."""
     metrics = [f"mse@{c}" for c in CLASSES] + ["nmse@all"]
-    out = {"topk": {m: 2.0**gap for m in metrics} | {"l0@all": 32.0}}
+    out = {
+        "topk": {m: 2.0**gap for m in metrics}
+        | dict.fromkeys(("l0@all", "l0@special", "l0@special_rest"), 32.0)
+    }
     for target, at in zip((16, 64), l0, strict=True):
-        out[f"jumprelu_{target}"] = {m: 2.0 ** (gap + np.log2(32 / at)) for m in metrics} | {"l0@all": at}
+        out[f"jumprelu_{target}"] = {m: 2.0 ** (gap + np.log2(32 / at)) for m in metrics} | dict.fromkeys(
+            ("l0@all", "l0@special", "l0@special_rest"), at
+        )
     return out
 
 

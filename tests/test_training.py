@@ -19,7 +19,7 @@ from saes.initialise import geometric_median
 from saes.presets import abs_topk, batch_abs_topk, batch_topk, jumprelu, relu_l1, topk
 from saes.runs import run_name
 from saes.sae import SAE
-from saes.sources import Moments, TensorSource
+from saes.sources import Moments, StoreSource, TensorSource
 from saes.top_products import Scratch
 from saes.train_config import TrainConfig
 from saes.trainer import Trainer
@@ -443,6 +443,40 @@ def test_a_few_attention_sinks_do_not_set_the_units_of_the_run() -> None:
         return t.variance
 
     assert normaliser(sinks) == pytest.approx(normaliser(x), rel=0.05)
+
+
+@pytest.mark.parametrize("preset", [relu_l1, jumprelu, topk])
+def test_attention_sinks_do_not_set_the_scale_of_training(preset) -> None:
+    """A penalty and a learning rate mean something in units of the usual rows: a sink in a hundred would halve them."""
+    x, _ = planted(6000)
+    sinks = torch.cat(
+        [
+            x,
+            torch.randn(60, 32, generator=torch.Generator().manual_seed(3))
+            * 100
+            * x.norm(dim=1).mean()
+            / 32**0.5,
+        ]
+    )
+    config = TrainConfig(steps=4, batch_size=64, screen="off")
+    with_sinks, without = (TensorSource(rows).moments(config).mean_norm for rows in (sinks, x))
+    assert with_sinks == pytest.approx(without, rel=1e-6) and sinks.norm(dim=1).mean() > 1.9 * without
+    cfg = preset(d_sae=64, d_model=32)
+    scales = [Trainer(cfg, config, TensorSource(rows).moments(config), CPU).scale for rows in (sinks, x)]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("skip", [None, "special", "first"])
+def test_a_store_trained_on_with_position_0_has_the_scale_of_the_other_rows(
+    skip: str | None, tmp_path: Path
+) -> None:
+    """FAST keeps position 0, whose norm is a hundred times the rest: its arms must share one space of training."""
+    store, _ = make_store(tmp_path)
+    source = StoreSource(store, HOOK)
+    parts = ["first"] + ([skip] if skip not in (None, "first") else [])
+    found = source.moments(TrainConfig(skip=skip)).mean_norm
+    assert found == pytest.approx(store.stats(HOOK, split="train", skip="+".join(parts)).mean_norm)
+    assert store.stats(HOOK, split="train", skip=None).mean_norm != pytest.approx(found)
 
 
 def test_geometric_median_survives_an_outlier_and_a_point_on_itself() -> None:

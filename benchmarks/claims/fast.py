@@ -154,6 +154,18 @@ def top_rated(sae: SAE, store: Any) -> tuple[float, int]:
     return float((judged >= 4).mean()), len(judged)
 
 
+def spent(found: dict[tuple[int, str], dict[str, Any]], arm: str, kind: str, metric: str, seeds: int) -> str:
+    """Mean L0 of FAST and of an arm on the tokens of a metric, at L0 = K on all rows."""
+    name, out = metric.replace("mse@", "l0@"), []
+    for a in ("fast", arm):
+        if kind == "topk":
+            values = [found[s, a]["topk"][name] for s in range(seeds)]
+        else:
+            values = [2 ** bits(found[s, a], kind, name) for s in range(seeds)]
+        out.append(f"{np.nanmean(values):.1f}")
+    return f"L0 {out[0]} and {out[1]}"
+
+
 def decide(
     report: Report, found: dict[tuple[int, str], dict[str, Any]], rated: dict[Any, Any], seeds: int
 ) -> None:
@@ -171,6 +183,9 @@ def decide(
                 ]
                 known = [g for g in gaps if math.isfinite(g)]
                 why = f"bits, {CALLED[arm]} less FAST; L0 {', '.join(f'{v:.1f}' for v in l0)}"
+                if metric.endswith(("special", "special_rest")):
+                    # equal in L0 over all rows; what the arms spend on these tokens is theirs
+                    why += f"; there {spent(found, arm, kind, metric, seeds)}"
                 if len(known) < len(gaps):
                     why += f"; {len(gaps) - len(known)} seeds did not bracket L0 {K}"
                 report.claim(f"{arm}_{name}_{kind}", judge(known or [math.nan], effect), seeds=len(known), why=why,
