@@ -117,3 +117,60 @@ def test_poles_are_judged_for_both_readings_of_a_dictionary(
         assert found["both"] + found["one"] + found["none"] == pytest.approx(1, abs=1e-4)
         assert found["both_3"] <= found["both"] <= found["both_2"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_the_other_pole_of_a_topk_dictionary_is_its_lowest_scores_and_leaves_its_own_codes_alone(
+    script: Any,
+) -> None:
+    gen = torch.Generator().manual_seed(0)
+    sae = SAE(SAEConfig(d_sae=12, d_model=6, k=3))
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(torch.randn(p.shape, generator=gen))
+    x = torch.randn(50, 6, generator=gen)
+    u = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    want = torch.where(u <= u.kthvalue(3, dim=1, keepdim=True).values, -u, 0.0).relu()
+    found = script("abs_topk").mirrored(sae).encode(x).dense(12)
+    torch.testing.assert_close(found, want.detach())
+
+
+def test_the_scripts_of_gba_and_atoms_run_and_can_be_judged_again(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    gba, out = script("gba"), tmp_path / "gba.json"
+    gba.main(["--parts", "imbalanced", "--seeds", "1", "--suite-steps", "2", "--out", str(out)])
+    first = json.loads(out.read_text())
+    assert {"imbalanced.recovered", "imbalanced.grid_against_grid"} <= {c["id"] for c in first["claims"]}
+    first["claims"].append({"id": "store.parity", "kept": True})
+    out.write_text(json.dumps(first))
+    gba.main(["--judge", str(out), "--out", str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["data"] == first["data"]
+    assert {c["id"] for c in again["claims"]} == {c["id"] for c in first["claims"]}
+    atoms = script("atoms")
+    with pytest.raises(Exception, match="not of"):
+        atoms.main(["--judge", str(out)])
+    report = script("_common").Report("x")
+    report.data["S9"] = [atoms.one_suite("S9", seed, 2) for seed in range(2)]
+    atoms.judge_suite(report, "S9")
+    assert [c["id"] for c in report.claims] == [
+        f"S9_{k}_{m}" for k in ("oracle", "trained") for m in ("f1", "q_star")
+    ]
+    # true atoms and 16,384 rows: training has no part in it
+    assert report.claims[0]["ours"] > 0.3
+    capsys.readouterr()
+
+
+def test_gba_at_its_best_setting_does_not_win_over_a_grid_that_is_as_wide(script: Any) -> None:
+    """A method tuned on the mixture against the mean of the other's grid says nothing: grids are compared with grids."""
+    gba = script("gba")
+    row = lambda v: {"frr0.8": v, "frr0.9": v, "over_target": 0.0}  # noqa: E731
+    found = {f"K {k}": [row(0.7)] * 3 for k in gba.KS}
+    found |= {f"HTF {p}": [row(0.9 if p == 0.1 else 0.3)] * 3 for p in gba.HTFS} | {
+        "one 0.023": [row(0.5)] * 3
+    }
+    report = script("_common").Report("x")
+    gba.judge_imbalanced(report, found, 3)
+    verdicts = {c["id"]: c["verdict"] for c in report.claims}
+    assert verdicts["imbalanced.against_topk"] == "holds"
+    assert verdicts["imbalanced.grid_against_grid"] == "does not hold"

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cache import ActivationStore
-from cache.errors import MissingDataError
+from cache.errors import MissingDataError, UsageError
 from cache.workspace import workspace_path
 from saes.metrics import SINK_RATIO, Reconstruction
 
@@ -99,6 +99,20 @@ class Report:
             f"{name}: {found.verdict}: {found.mean:.4g} [{low:.4g}, {high:.4g}], {seeds} seeds; {why}",
             flush=True,
         )
+
+    def earlier(self, file: str) -> list[dict[str, Any]]:
+        """Take the values of an earlier output, to judge them again; returns its claims."""
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        if found.get("paper") != self.paper:
+            raise UsageError(f"{file} is an output of {found.get('paper')!r}, not of {self.paper!r}")
+        self.data = found["data"]
+        self._started -= found["seconds"]
+        return found["claims"]
+
+    def keep(self, claims: list[dict[str, Any]]) -> None:
+        """Claims of the earlier output that nothing here has judged again."""
+        known = {c["id"] for c in self.claims}
+        self.claims += [c for c in claims if c["id"] not in known]
 
     def finish(self) -> None:
         """Print (and write) the result."""
