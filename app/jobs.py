@@ -1,4 +1,4 @@
-"""A training job as data: a YAML file is the truth, `a.b=c` overrides change it, and an estimate comes before the run.
+"""A training job as data: a YAML file is the truth, and `a.b=c` overrides change it.
 
 saes:
   - {preset: topk, d_sae: 4608, k: 32}
@@ -151,33 +151,3 @@ def _number(value: Any, *, whole: bool) -> Any:
         with suppress(ValueError):
             value = float(value)
     return int(value) if whole and isinstance(value, float) and value.is_integer() else value
-
-
-def estimate(
-    saes: list[SAEConfig], config: TrainConfig, d_model: int, row_bytes: int, d_out: int = 0
-) -> dict[str, float]:
-    """Peak memory and disk of a run in bytes: weights and both Adam moments of all SAEs, gradients and blocks of the largest,
-    buffers, checkpoints.
-
-    d_out: width of what transcoders predict, whose rows are read too; 0: SAEs.
-    """
-    row_bytes += 2 * d_out
-    sizes = [c.d_sae * (d_model + (d_out or d_model) + 1) + (d_out or d_model) for c in saes]
-    parameters, largest = sum(sizes), max(c.d_sae for c in saes)
-    # two windows of the stream; a batch and its gradients; kernel blocks
-    window = 2 * 32 * 6 * 2**20
-    batch = 6 * config.batch_size * max(d_model, d_out) * 4 + 24 * config.batch_size * max(c.k for c in saes)
-    # a threshold lets half of the latents through at first: eight dense tensors of a batch; AuxK on half of the latents: four
-    dense = [32 * c.d_sae * (not c.has_k) + 8 * c.d_sae * (c.auxk > 0 and c.has_k) for c in saes]
-    batch += config.batch_size * max(dense)
-    # bf16 screening keeps a copy of the encoder, and at worst 44 bytes for a 24th of a batch's places
-    half = (2 * d_model * largest + 44 * config.batch_size * largest / 24) * (config.screen != "off")
-    memory = 12 * parameters + 4 * max(sizes) + half + window + batch + 3 * 128 * 2**20 + 4 * largest
-    checkpoint = 12 * parameters
-    return {
-        "parameters": parameters,
-        "memory_bytes": memory,
-        "disk_bytes": 4 * parameters,
-        "checkpoint_bytes_while_running": 3 * checkpoint,
-        "rows_read_bytes": config.steps * config.batch_size * row_bytes,
-    }

@@ -106,6 +106,7 @@ def open_text(
     from cache import build_corpus, harvest, load_model
     from saes import build_index
     from saes.checking import check
+    from saes.conventions import said
 
     sae, folder = bring_in(reference, root, hook=hook, norm_factor=norm_factor)
     c, cfg = sae.conventions, sae.cfg
@@ -132,6 +133,7 @@ def open_text(
     )
     store = harvest(lm, corpus, hooks=[cfg.hook], workspace=root)
     checked = check(sae, store)
+    said(sae, store)
     index = build_index(sae, store, lm, sae_path=folder)
     return Opened(sae=folder, store=store.path.name, index=index, checked=checked, notes=notes)
 

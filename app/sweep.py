@@ -15,12 +15,12 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from app import jobs
 from cache.errors import DataError, UsageError
 from saes.config import SAEConfig
+from saes.footprint import estimate, free_memory
 from saes.train_config import TrainConfig
 
 SHARE = 0.8
@@ -158,7 +158,7 @@ def _groups(
 
 
 def _need(saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int) -> dict[str, float]:
-    return jobs.estimate(saes, schedule, d_model, d_model * 2, d_out)
+    return estimate(saes, schedule, d_model, d_model * 2, d_out)
 
 
 def begun(
@@ -201,15 +201,18 @@ def check(failed: list[str], trained: int) -> None:
 
 
 def before(runs: list[Run], budget: float) -> list[str]:
-    """What to tell before the start: the largest run's memory, how many runs, and which may not fit."""
+    """What to tell before the start, beside what `train` says of each run: how many there are, and which may not fit."""
     largest = max(run.need["memory_bytes"] for run in runs)
-    lines = [f"about {largest / 2**30:.2f} GiB of memory"]
+    lines = []
     if len(runs) > 1:
         sizes = " + ".join(str(len(run.saes)) for run in runs)
-        lines.append(f"{sum(len(run.saes) for run in runs)} SAEs in {len(runs)} runs of {sizes}")
+        lines.append(
+            f"{sum(len(run.saes) for run in runs)} SAEs in {len(runs)} runs of {sizes}, "
+            f"at most {largest / 2**30:.2f} GiB of memory at a time"
+        )
     if largest > budget:
         lines.append(
-            f"that is above the {budget / 2**30:.2f} GiB to be used: a smaller d_sae or batch needs less"
+            f"{largest / 2**30:.2f} GiB is above the {budget / 2**30:.2f} GiB to be used: a smaller d_sae or batch needs less"
         )
     return lines
 
@@ -229,12 +232,3 @@ def described(runs: list[Run], data: dict[str, Any], disk_bytes: int, as_json: b
         parts = [resolved for resolved, _ in found]
     text = json.dumps(parts[0] | data if len(parts) == 1 else {"runs": parts} | data, indent=1)
     return text if as_json else f"{text}\nmemory {memory / 2**30:.2f} GiB, disk {disk / 2**30:.2f} GiB"
-
-
-def free_memory() -> float:
-    """Bytes that can be had without swapping; infinite where the system does not say (no /proc)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float("inf")

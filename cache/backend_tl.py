@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,24 @@ from cache.hooks import Edit, edited, flat, mid_edit, resid_mid_block, storable
 
 class _Stop(BaseException):
     """Leaves the forward pass after the deepest hook. Not an Exception, so that no handler inside catches it."""
+
+
+@contextmanager
+def on_point(point: Any, fn: Callable[[Tensor], Tensor | None], **options: bool) -> Iterator[None]:
+    """One function on one hook point; only this one is removed afterwards. options: of the point's `add_hook`."""
+    before = list(point.fwd_hooks)
+
+    def call(x: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  (called as hook=…)
+        return fn(x)
+
+    point.add_hook(call, **options)
+    handle = next(h for h in point.fwd_hooks if all(h is not b for b in before))
+    try:
+        yield
+    finally:
+        handle.hook.remove()
+        # by identity: equality of handles looks into their hooks
+        point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
 
 
 class TransformerLensBackend:
@@ -39,25 +57,10 @@ class TransformerLensBackend:
         self.dims = self._fired(probe)
         self._order = {name: i for i, name in enumerate(self.dims)}
 
-    @contextmanager
     def _hook(
         self, name: str, fn: Callable[[Tensor], Tensor | None], *, prepend: bool = False
-    ) -> Iterator[None]:
-        """One function on one hook point; only this one is removed afterwards."""
-        point = self._points[name]
-        before = list(point.fwd_hooks)
-
-        def call(x: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  (called as hook=…)
-            return fn(x)
-
-        point.add_hook(call, prepend=prepend)
-        handle = next(h for h in point.fwd_hooks if all(h is not b for b in before))
-        try:
-            yield
-        finally:
-            handle.hook.remove()
-            if handle in point.fwd_hooks:
-                point.fwd_hooks.remove(handle)
+    ) -> AbstractContextManager[None]:
+        return on_point(self._points[name], fn, prepend=prepend)
 
     def _fired(self, probe: Tensor) -> dict[str, int]:
         """Width of every hook that holds one vector per token, in the order of execution."""

@@ -26,8 +26,8 @@ class PlainModel:
         config: Any = getattr(hf, "config", None)
         if config is None:
             raise UsageError(
-                f"{type(hf).__name__} is neither a model of load_model nor a Hugging Face model: name the places in it "
-                "with load_module"
+                f"{type(hf).__name__} is neither a model of load_model, of Hugging Face nor of TransformerLens: name the "
+                "places in it with load_module"
             )
         self.hf = hf
         self.name = str(getattr(config, "_name_or_path", "") or type(hf).__name__)

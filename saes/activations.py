@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from saes.codes import Codes
 from saes.gradients import GradientBuffers
 from saes.kernels import Dead, StepOutput, Support, decode_from, encode_at
 from saes.nested import Nested
+from saes.places import largest_places
 from saes.products import decode_dense, encode_dense
 from saes.row_topk import keep_largest
 from saes.screening import Screen
@@ -128,24 +130,76 @@ def _top(
     scratch: Scratch,
     into: GradientBuffers | None = None,
 ) -> StepOutput:
-    """TopK and BatchTopK, signed or not, with nested prefixes where the config names them."""
+    """TopK and BatchTopK, signed or not, with nested prefixes or 4 k latents where the config names them."""
     cfg = sae.cfg
+    counts = None
     offsets = None
     also = None if dead is None else Also(dead.ids)
     if cfg.fixed_k:
         with torch.no_grad():
-            found, indices = select(xc, sae.W_enc, sae.b_enc, cfg.k, signed=cfg.signed, also=also)
+            found, indices = select(xc, sae.W_enc, sae.b_enc, cfg.selected, signed=cfg.signed, also=also)
+            if cfg.multi_topk:
+                found, indices, counts = _best_first(found, indices, cfg.k, signed=cfg.signed)
             if cfg.matryoshka:
                 indices, order = indices.sort(dim=1)
                 found = found.gather(1, order)
     else:
         found, indices, offsets = select.largest(
-            xc, sae.W_enc, sae.b_enc, len(x) * cfg.k, signed=cfg.signed, scratch=scratch
+            xc, sae.W_enc, sae.b_enc, len(x) * cfg.selected, signed=cfg.signed, scratch=scratch
         )
+        if cfg.multi_topk:
+            found, indices, counts = _best_of_batch_first(
+                found, indices, offsets, len(x) * cfg.k, signed=cfg.signed
+            )
     support = Support(indices, cfg.d_sae, offsets, into)
     kept = None if also is None else also.values
     u, u_dead = encode_at(x, sae.W_enc, sae.b_enc, sae.centre, support, found, xc=xc, dead=dead, u_dead=kept)
-    return _reconstruct(sae, _Pre(u, u_dead, support), u if cfg.signed else u.relu(), dead, scratch=scratch)
+    pre, z = _Pre(u, u_dead, support), u if cfg.signed else u.relu()
+    if counts is not None:
+        return _multi(sae, pre, z, dead, scratch, counts)
+    return _reconstruct(sae, pre, z, dead, scratch=scratch)
+
+
+def _best_first(u: Tensor, indices: Tensor, k: int, *, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries `[B, n]` with the k largest of each row in front; and how many are in the two parts of each row."""
+    order = (u.abs() if signed else u).argsort(dim=1, descending=True)
+    counts = torch.tensor([k, u.shape[1] - k], device=u.device).repeat(len(u))
+    return u.gather(1, order), indices.gather(1, order), counts
+
+
+def _best_of_batch_first(
+    u: Tensor, indices: Tensor, offsets: Tensor, n: int, *, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for flat entries: in front those of a row that are among the n largest of the batch."""
+    rows = len(offsets) - 1
+    part = torch.arange(rows, device=u.device).repeat_interleave(offsets.diff()) * 2 + 1
+    part[largest_places(u.abs() if signed else u, n)] -= 1
+    order = part.argsort(stable=True)
+    return u[order], indices[order], torch.bincount(part, minlength=2 * rows)
+
+
+def _multi(sae: Any, pre: _Pre, z: Tensor, dead: Dead | None, scratch: Scratch, counts: Tensor) -> StepOutput:
+    """Multi-TopK: reconstructions with k latents and with 4 k; codes are those of the k."""
+    assert pre.support is not None
+    cfg, parts = sae.cfg, pre.support.runs(counts)
+    z_dead = (
+        None
+        if pre.u_dead is None or dead is None
+        else keep_largest(pre.u_dead, dead.k_aux, signed=cfg.signed)
+    )
+    summed, e_hat = decode_from(z.reshape(-1), parts, sae.W_dec, z_dead=z_dead, dead=dead)
+    both = summed.view(pre.support.n_rows, 2, cfg.width_out)
+    nested = Nested(both, sae.b_dec, scratch, (1.0, cfg.multi_topk))
+    first = counts.view(-1, 2)[:, 0]
+    codes: dict[str, Any]
+    if cfg.fixed_k:
+        codes = {"values": z[:, : cfg.k], "indices": pre.support.indices[:, : cfg.k]}
+    else:
+        kept = torch.arange(len(counts), device=z.device).repeat_interleave(counts) % 2 == 0
+        offsets = F.pad(first.cumsum(0), (1, 0))
+        codes = {"values": z[kept], "indices": pre.support.ids[kept], "offsets": offsets}
+    empty = z.new_zeros(0) if e_hat is None else e_hat
+    return StepOutput(x_hat=both[:, 0] + sae.b_dec, e_hat=empty, nested=nested, **codes)
 
 
 def _pre_above(
@@ -204,7 +258,12 @@ def _reconstruct(
     else:
         parts = pre.support.split((*cfg.matryoshka, cfg.d_sae))
         summed, e_hat = decode_from(z.reshape(-1), parts, w_dec, z_dead=z_dead, dead=dead)
-        nested = Nested(summed.view(pre.support.n_rows, -1, cfg.width_out), sae.b_dec, scratch or Scratch())
+        nested = Nested(
+            summed.view(pre.support.n_rows, -1, cfg.width_out),
+            sae.b_dec,
+            scratch or Scratch(),
+            (1 / (1 + len(cfg.matryoshka)),) * (1 + len(cfg.matryoshka)),
+        )
         x_hat = nested.parts.sum(1)
     empty = z.new_zeros(0) if e_hat is None else e_hat
     return StepOutput(x_hat=x_hat + sae.b_dec, e_hat=empty, nested=nested, **pre.codes(z))  # type: ignore[arg-type]

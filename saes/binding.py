@@ -53,7 +53,13 @@ def bind(cfg: SAEConfig, source: Source) -> SAEConfig:
 
 
 def check_data_path(configs: Sequence[SAEConfig], config: TrainConfig, source: Source) -> None:
-    """FAST is a data path: refuse rows that did not come along it."""
+    """FAST is a data path: refuse rows that did not come along it; and a window that is not the ring's own."""
+    ring = getattr(source, "ring_window", config.window)
+    if config.window not in (ring, TrainConfig.window):
+        raise UsageError(
+            f"window={config.window} is of stores, this ring mixes {ring} row groups at a time: make it with "
+            f"harvest_ring(window={config.window}) (atomscope train --window {config.window}), and leave it out of train"
+        )
     fast = [c.label for c in configs if c.data == "fast"]
     if not fast:
         return

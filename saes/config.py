@@ -21,16 +21,19 @@ ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 SPACES: tuple[str, ...] = get_args(Space)
 FIXED_K = ("topk", "abs_topk")
 BATCH_K = ("batch_topk", "batch_abs_topk")
-BIAS_RULES = ("gradient", "gba")
+BIAS_RULES = ("gradient", "gba", "frozen")
 GBA_ACTIVATIONS = ("jumprelu", "relu")
 L1_OF_NORM = 0.1
 """l1 by default, over the norm of a row: a latent shrinks by l1 / 2, so one that adds less than a twentieth of the norm is
 not worth its price, at any width. 5, the value of Anthropic's April 2024 update, is this at d_model 2,500."""
+MULTI = 4
+"""Times k: what the reconstruction of `multi_topk` may use (Gao et al. 2024)."""
 # objective terms and the activations they are defined for
 TERMS: dict[str, tuple[str, ...]] = {
     "auxk": (*FIXED_K, *BATCH_K, "jumprelu", "relu"),
     "l1": ("relu", "gated"),
     "l0": ("jumprelu",),
+    "multi_topk": (*FIXED_K, *BATCH_K),
     "matryoshka": (*FIXED_K, *BATCH_K),
     "separability": (*FIXED_K, *BATCH_K, "jumprelu"),
 }
@@ -51,6 +54,9 @@ class SAEConfig(CheckedConfig):
     """Weight of the AuxK term, relative to the normalised squared error (Gao et al. 2024: 1/32)."""
     k_aux: int | None = None
     """Dead latents used by AuxK on a row; None: the power of two nearest d_model / 2."""
+    multi_topk: float = 0.0
+    """Weight of the squared error with 4 k latents beside that with k (Gao et al. 2024: 1/8), so that k can be changed after
+    training; TopK families without prefixes."""
     l1: float | None = 0.0
     """relu, gated: weight of the mean L1 norm of a row's codes beside its squared error, both in the space of training.
     None: L1_OF_NORM of the norm of a row there, sqrt(d_model), or 1 in space unit."""
@@ -70,8 +76,8 @@ class SAEConfig(CheckedConfig):
     """jumprelu: width of the rectangle that passes gradients to a threshold, in the same unit."""
     matryoshka: tuple[int, ...] = ()
     """Prefixes of the latents that must reconstruct alone, rising and below d_sae; empty: none. TopK families only."""
-    bias_rule: Literal["gradient", "gba"] = "gradient"
-    """gba: group bias adaptation (saes/gba.py) sets b by firing rates; weights are tied, W_dec = a W_enc with unit rows
+    bias_rule: Literal["gradient", "gba", "frozen"] = "gradient"
+    """frozen: b_enc (gated: b_mag too) stays at 0. gba: group bias adaptation (saes/gba.py) sets b by firing rates; weights are tied, W_dec = a W_enc with unit rows
     of W_enc. jumprelu is its un-shifted form (the threshold is -b), relu the shifted one (b_enc is b)."""
     gba_groups: int = 10
     """gba: groups of latents, each with a target frequency; 1: plain bias adaptation at gba_htf."""
@@ -146,7 +152,7 @@ class SAEConfig(CheckedConfig):
         if self.space not in SPACES:
             raise UsageError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
         self._fill_l1()
-        for field in ("auxk", "l0", "l0_target", "separability", "threshold_init", "aip_ridge"):
+        for field in ("auxk", "multi_topk", "l0", "l0_target", "separability", "threshold_init", "aip_ridge"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise UsageError(f"{field} cannot be negative, got {getattr(self, field)}")
         if self.encoder_init not in ("auto", "quarter", "scaled", "tied"):
@@ -210,7 +216,7 @@ class SAEConfig(CheckedConfig):
             raise UsageError(
                 f"target frequencies fall from gba_htf to gba_ltf between 1 and 0, got {self.gba_htf} and {self.gba_ltf}"
             )
-        if self.bias_rule == "gradient":
+        if self.bias_rule != "gba":
             return
         if self.activation not in GBA_ACTIVATIONS:
             raise UsageError(
@@ -235,6 +241,12 @@ class SAEConfig(CheckedConfig):
         for term, kinds in TERMS.items():
             if getattr(self, term) and self.activation not in kinds:
                 raise UsageError(f"{term} is for {', '.join(kinds)}, not for {self.activation}: leave it out")
+        if self.multi_topk and self.matryoshka:
+            raise UsageError("multi_topk and matryoshka prefixes both nest reconstructions: take one of them")
+        if self.multi_topk and MULTI * self.k > self.d_sae:
+            raise UsageError(
+                f"multi_topk keeps {MULTI} k = {MULTI * self.k} latents, d_sae is {self.d_sae}: lower k"
+            )
         if self.l0_target and not self.l0:
             raise UsageError("l0_target needs l0, the weight of its term")
         rising = all(a < b for a, b in zip((0, *self.matryoshka), (*self.matryoshka, self.d_sae)))
@@ -246,13 +258,18 @@ class SAEConfig(CheckedConfig):
     def check_trainable(self) -> None:
         """Refuse a config that is a fine SAE to load but leaves the training without a sparsity term."""
         need = {"relu": "l1", "gated": "l1", "jumprelu": "l0"}.get(self.activation)
-        if need and not getattr(self, need) and self.bias_rule == "gradient":
+        if need and not getattr(self, need) and self.bias_rule != "gba":
             raise UsageError(f"{self.activation} needs {need} above 0 to become sparse: see presets")
 
     @property
     def has_k(self) -> bool:
         """Whether the number of active latents is set, on each row or on the mean row."""
         return self.activation in FIXED_K + BATCH_K
+
+    @property
+    def selected(self) -> int:
+        """Latents that a step of training selects on a row, or on the mean row."""
+        return self.k * (MULTI if self.multi_topk else 1)
 
     @property
     def fixed_k(self) -> bool:
@@ -284,7 +301,8 @@ class SAEConfig(CheckedConfig):
         """`name`, or a name made from the architecture."""
         nested = "matryoshka-" if self.matryoshka else ""
         k = f"-k{self.k}" if self.has_k else ""
-        rule = "gba-" if self.bias_rule == "gba" else ""
+        rule = "" if self.bias_rule == "gradient" else f"{self.bias_rule}-"
+        nested = "multi-" if self.multi_topk else nested
         kind = "-transcoder" if self.transcoder or self.out_hook else ""
         nested = f"fast-{nested}" if self.data == "fast" else nested
         return self.name or f"{nested}{rule}{self.activation.replace('_', '-')}{kind}-{self.d_sae}{k}"

@@ -1,12 +1,13 @@
 """What an SAE assumes about its input: the model, the text before a token, and what its makers measured.
 
 A field that is None or empty was not stated. `SAE.load` reads them from the files of each format, `SAE.save` keeps
-them under `metadata` by SAELens's names, training fills them in from the store, and `saes.check` compares them with a
-store. What changes the numbers of the SAE itself (normalised input, b_dec, centred weights) is folded on load instead.
+them under `metadata` by SAELens's names, training fills them in from the store, and `check`, `evaluate` and `build_index`
+compare them with theirs. What changes the numbers of the SAE itself (normalised input, b_dec, centred weights) is folded on load instead.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Conventions:
     l0: float | None = None
     """Active latents a token, as stated or as fixed by k."""
     fvu: float | None = None
-    """Fraction of variance unexplained, as stated."""
+    """Fraction of variance unexplained, as stated, or as training logged it last."""
     source: str = ""
     """Format and reference it was read from; empty: trained here."""
 
@@ -76,11 +77,14 @@ class Conventions:
         )
 
 
-def of_training(source: Any, skip: str | None, l0: float | None) -> Conventions:
-    """Of an SAE trained on the store or ring behind `source`; of a tensor nothing is known but L0."""
+def of_training(source: Any, skip: str | None, l0: float | None, fvu: float | None = None) -> Conventions:
+    """Of an SAE trained on the store or ring behind `source`; of a tensor nothing is known but L0 and FVU.
+
+    fvu: of the rows as they are, up to scale; None where training measured it in another space.
+    """
     store = getattr(source, "store", None)
     if store is None:
-        return Conventions(l0=l0)
+        return Conventions(l0=l0, fvu=fvu)
     identity, left_out = store.identity, set((skip or "").split("+"))
     # where every row begins with BOS or with a chat template, `special` leaves position 0 out too
     opens = identity.get("prepend_bos") or store.corpus.meta.get("mode") in ("dialogue", "dialogue_aligned")
@@ -91,7 +95,54 @@ def of_training(source: Any, skip: str | None, l0: float | None) -> Conventions:
         context=store.corpus.context,
         dataset=str(store.corpus.meta.get("name") or ""),
         l0=l0,
+        fvu=fvu,
     )
+
+
+def differences(sae: Any, store: Any) -> list[str]:
+    """Lines on what the store does otherwise than the SAE's makers."""
+    c, identity, out = sae.conventions, store.identity, []
+    model = c.model or sae.cfg.model
+    ours, theirs = _short(identity.get("model") or ""), _short(model)
+    if ours and theirs and ours != theirs and not sae.cfg.model_sha:
+        out.append(f"the SAE was made for {model}, the store is of {identity['model']}")
+    bos = identity.get("prepend_bos")
+    if c.prepend_bos is not None and bos is not None and c.prepend_bos != bos:
+        word = (
+            "began with BOS, those of the store do not"
+            if c.prepend_bos
+            else "had no BOS, those of the store have"
+        )
+        out.append(f"contexts of its training {word}: build the corpus with prepend_bos={c.prepend_bos}")
+    if c.context and store.corpus.context > c.context:
+        out.append(f"it was trained on contexts of {c.context} tokens, the store has {store.corpus.context}")
+    return out
+
+
+def warn(sae: Any, store: Any) -> None:
+    """Differences on stderr, each once a process: evaluations and indexes are made in a row."""
+    for line in _unsaid(sae, store):
+        print(f"{sae.cfg.label} on {store.path.name}: {line}", file=sys.stderr, flush=True)
+
+
+def said(sae: Any, store: Any) -> None:
+    """Differences were told in another way: `warn` is silent about them."""
+    _unsaid(sae, store)
+
+
+_SAID: set[tuple[str, str, str]] = set()
+
+
+def _unsaid(sae: Any, store: Any) -> list[str]:
+    found = differences(sae, store)
+    keys = {line: (sae.sae_id, store.path.name, line) for line in found}
+    new = [line for line in found if keys[line] not in _SAID]
+    _SAID.update(keys.values())
+    return new
+
+
+def _short(model: str) -> str:
+    return model.rpartition("/")[2].lower().replace("_", "-")
 
 
 def _skips_first(meta: dict[str, Any]) -> bool | None:

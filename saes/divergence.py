@@ -1,7 +1,8 @@
 """The SAEs of a run, which share its batches, and what happens where the loss of one is no longer finite.
 
-The bad one is taken out, with its step and the reason, and the others go on as if it had never been there: they share
-rows and nothing else. A checkpoint of a state that has gone wrong is never written. Where none is left the run ends.
+The bad one is taken out and the others go on as if it had never been there: they share rows and nothing else. Named are
+the SAE, the first step that went wrong (each counts its finite steps on the device; the count is read where metrics are) and
+the last good checkpoint. One of a state that has gone wrong is never written. Where none is left the run ends.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saes.checkpoint import latest_checkpoint
+from saes.checkpoint import latest_step
 from saes.runs import Diverged, folder_of, update
 from saes.train_config import TrainConfig
 from saes.trainer import Trainer
@@ -37,24 +38,28 @@ class Together:
         """For run.json: sae, step, why."""
         return [self.lost[i] for i in sorted(self.lost)]
 
-    def drop(self, i: int, what: str, step: int) -> None:
-        """Go on without SAE i. Raises Diverged where it was the last one."""
+    def drop(self, i: int, what: str, step: int, noticed: int) -> None:
+        """Go on without SAE i, which went wrong at `step`, 1-based, as was seen after step `noticed`.
+
+        Raises Diverged where it was the last one.
+        """
         t = self.trainers[i]
         lr = self.config.peak_lr(t.cfg.d_sae, t.cfg.lr)
-        why = f"{what} is not finite at step {step} of SAE {t.cfg.label}: lower lr (now {lr:.2g})"
-        self.lost[i] = {"sae": folder_of(i, t.cfg), "step": step, "why": why}
+        later = f" (noticed at step {noticed})" if noticed > step else ""
+        good = latest_step(self.run) if self.run is not None else 0
+        why = (
+            f"{what} is not finite at step {step} of SAE {t.cfg.label}{later}: lower lr (now {lr:.2g}); "
+            f"{f'last good checkpoint: step {good}' if good else 'no checkpoint was written before'}"
+        )
+        self.lost[i] = {"sae": folder_of(i, t.cfg), "step": step, "last_good": good or None, "why": why}
         if self.run is not None:
             update(self.run, failed=self.failed)
+        where = f" in {self.run}" if self.run is not None and good else ""
         if not self.live:
             reasons = "; ".join(f["why"] for f in self.failed[:NAMED])
             more = f"; and {len(self.lost) - NAMED} more SAEs" if len(self.lost) > NAMED else ""
-            text = f"{reasons}{more}; last good state: {self._last_good()}"
-            raise Diverged(text, [f["why"] for f in self.failed])
-        print(f"{why}; the run goes on without it", file=sys.stderr, flush=True)
-
-    def _last_good(self) -> str:
-        checkpoint = latest_checkpoint(self.run) if self.run is not None else None
-        return f"checkpoint of step {checkpoint.step} in {self.run}" if checkpoint else "none was written yet"
+            raise Diverged(f"{reasons}{where}{more}", [f["why"] for f in self.failed])
+        print(f"{why}{where}; the run goes on without it", file=sys.stderr, flush=True)
 
     def states(self) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
         """What a checkpoint holds of each SAE; of one that was taken out, why."""

@@ -36,6 +36,7 @@ from saes.controls import (
     paired_rows,
     untrained_dictionary,
 )
+from saes.conventions import warn
 from saes.initial import initial_sae
 from saes.metrics import SINK_RATIO, Firing, Reconstruction
 from saes.predictions import prediction_rows
@@ -85,6 +86,7 @@ def evaluate(
     `token_classes` adds errors and L0 on template tokens, position 0 and content apart (saes/token_classes.py). `skip`: rows
     left out of all figures, as of a stream (`first`, `special`, ..., None: none); those of predictions are not spliced either.
     By default the SAE's own convention: position 0, unless it was trained on it (`Conventions.skip`).
+    Where the store is not as the SAE's conventions say, a line on stderr tells each difference.
     Writes evaluations/<sae_id>@<store>.parquet in the store's workspace. Raises DataError where the SAE does not
     fit the store, and MissingDataError where the store has no held-out rows.
     """
@@ -93,6 +95,7 @@ def evaluate(
     hook, out = check_fit(sae, store), target_hook(sae)
     if model is not None:
         store.check_model(model)
+    warn(sae, store)
     subjects: list[Any] = [Dictionary(sae, "sae")]
     if controls:
         subjects += _controls(sae, store, hook, out, skip)

@@ -21,6 +21,7 @@ import numpy as np
 
 from cache.provenance import provenance
 from cache.workspace import atomic_file, only_one, read_json, write_json
+from saes.conventions import warn
 from saes.encoding import rows_left_out, write_all_codes
 from saes.evaluation import check_fit, target_hook
 from saes.feature_file import write_feature_file
@@ -43,13 +44,15 @@ def build_index(
 
     With `model` the logit lens (direct effect on the next token) is included. `partial` takes the shards that are
     there, and later calls add those that have come since: only they are encoded, and the result is that of a build
-    from nothing. skip: rows left out (`first`, `special`, ... as of a stream). Raises DataError where SAE and store do
+    from nothing. skip: rows left out (`first`, `special`, ... as of a stream). Where the store is not as
+    the SAE's conventions say, a line on stderr tells each difference. Raises DataError where SAE and store do
     not fit, MissingDataError where the store is incomplete, AtomscopeError where another process builds the same index. An
     interrupted build goes on at its next shard.
     """
     hook = check_fit(sae, store, complete=not partial)
     if model is not None:
         store.check_model(model)
+    warn(sae, store)
     folder, shards = index_path(sae, store), sorted(store.committed(hook))
 
     def done() -> bool:

@@ -74,7 +74,10 @@ class Support:
         """
         edges = torch.tensor(widths, device=self.ids.device)
         part = self.rows() * len(widths) + torch.bucketize(self.ids, edges, right=True)
-        counts = torch.bincount(part, minlength=self.n_rows * len(widths))
+        return self.runs(torch.bincount(part, minlength=self.n_rows * len(widths)))
+
+    def runs(self, counts: Tensor) -> Support:
+        """The same entries in runs of `counts` int64 `[rows * parts]`: several rows for each row. The transpose is shared."""
         out = Support(self.ids, self.d_sae, F.pad(counts.cumsum(0), (1, 0)), self.into)
         out._whole = self
         return out

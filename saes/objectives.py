@@ -7,7 +7,7 @@ Squared errors are summed over d_model. V is a fixed variance of the rows, so th
 relative to it; l1 is in the units of the papers (rows of norm sqrt(d_model) in `scalar` space). Decoder rows are unit, so
 the L1 norm weighted by decoder norms is the plain one. gated: z is the gate max(pi, 0) in the L1 term, and x_gate its
 reconstruction through a frozen decoder. matryoshka: the first term is the mean over the nested prefixes and the whole
-(arXiv 2503.17547 sums them). s = min(1, n_dead / k_aux). l1 and l0 warm up linearly.
+(arXiv 2503.17547 sums them). multi_topk: it gains that weight times the squared error with 4 k latents. s = min(1, n_dead / k_aux). l1 and l0 warm up linearly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def loss_terms(
     errors = (error**2).sum(1)
     fit = errors.sum()
     if out.nested is not None:
-        fit = out.nested.error(x) / out.nested.parts.shape[1]
+        fit = out.nested.error(x)
     if out.gate is not None:
         fit = fit + ((out.gate - x) ** 2).sum()
     loss = fit / (len(x) * variance)

@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "lr_schedule": "constant",
     "lr_end": 0.1,
     "gba_b_dec": "fixed",
+    "window": 32,
 }
 """Fields that runs of before them had not, with their defaults: these keep their names."""
 
@@ -67,8 +68,8 @@ def run_name(
 ) -> str:
     """`<label>-<hash>`, of configs that are bound to their data."""
     key: dict[str, Any] = {
-        "saes": [_named(c.to_dict()) for c in configs],
-        "train": _named({k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}),
+        "saes": [named(c.to_dict()) for c in configs],
+        "train": named({k: v for k, v in config.to_dict().items() if k != "checkpoint_seconds"}),
         "data": source.provenance,
     }
     if any(warm):
@@ -78,8 +79,8 @@ def run_name(
     return f"{configs[0].label}{more}-{digest}"
 
 
-def _named(fields: dict[str, Any]) -> dict[str, Any]:
-    """What of a config stands in the name of a run."""
+def named(fields: dict[str, Any]) -> dict[str, Any]:
+    """What of a config stands in the name of a run: equal for one from before a field of LATER and one at its default."""
     return {k: v for k, v in fields.items() if LATER.get(k, ...) != v}
 
 

@@ -217,7 +217,7 @@ def screening_gains(cfg: SAEConfig, device: torch.device) -> bool:
     """
     return (
         device.type == "cpu"
-        and cfg.k <= cfg.d_sae * CROWDED
+        and cfg.selected <= cfg.d_sae * CROWDED
         and cfg.d_sae >= MIN_LATENTS
         and cfg.d_model * cfg.d_sae >= MIN_WEIGHTS
         and bf16_product_share(str(device)) < MAX_SHARE

@@ -11,6 +11,8 @@ z = encode(x) of the hook that it reads, earlier in the same pass. Its codes sta
 
 One line on stderr tells where an SAE is attached at another hook than it was trained at.
 
+An edit gets a copy of the codes, which it may also change in place: `codes` keeps what the SAE said.
+
 Position 0 of the context (the attention sink, norm a hundred times the rest) is passed on untouched where an SAE was
 not trained on it, which is so unless its conventions say otherwise. Tokens that continue a key-value cache are spliced.
 """
@@ -31,7 +33,8 @@ from cache.errors import DataError, UsageError
 from saes.codes import Codes
 from saes.sae import SAE
 
-Edit = Callable[[Codes], Codes]
+Edit = Callable[[Codes], Codes | None]
+"""Returns the new codes, or None where it has changed those that it was given."""
 ErrorTerm = Literal[True, False, "detached"]
 
 
@@ -51,7 +54,10 @@ class Attached:
         self._inputs: dict[str, Tensor] = {}
 
     def edit(self, hook: str, fn: Edit | None) -> None:
-        """Change the codes at `hook` by `fn(codes) -> codes` in the passes that follow; None takes the edit away."""
+        """Change the codes at `hook` by `fn(codes) -> codes` in the passes that follow; None takes the edit away.
+
+        fn may change the codes in place, and may then return nothing.
+        """
         if hook not in self.saes:
             raise DataError(f"no SAE is attached at {hook!r}: attached are {', '.join(self.saes)}")
         if fn is None:
@@ -114,12 +120,20 @@ class Attached:
             return None
         before = sae.decode(taken).view(y.shape)
         same = edit is None and taken is codes
-        after = before if same else sae.decode(codes if edit is None else edit(codes)).view(y.shape)
+        after = before if same else sae.decode(codes if edit is None else _edited(codes, edit)).view(y.shape)
         if self.error is False:
             return after
         # what is 0 here is exactly 0: unedited, the value stays y bit for bit while the gradient reaches the codes
         new = kept + (after - (after if edit is None else before).detach())
         return new if taken is codes else new - (before - before.detach())
+
+
+def _edited(codes: Codes, edit: Edit) -> Codes:
+    """Codes after the edit. It gets a copy: codes are kept for reading, and a leaf of the graph cannot be written to."""
+    offsets = None if codes.offsets is None else codes.offsets.clone()
+    given = Codes(codes.values.clone(), codes.indices.clone(), offsets)
+    new = edit(given)
+    return given if new is None else new
 
 
 def _skips(sae: SAE) -> bool:
@@ -134,22 +148,21 @@ def attach(
     """Splice SAEs into `model` at their hooks while the block runs; transcoders at their out_hook.
 
     `saes` is `{hook: sae}`, or one SAE, which goes to the hook it was trained at. `model` is a `cache.LanguageModel`, a
-    `ModuleModel`, or a plain Hugging Face model, which is then called as ever (`model(input_ids)`,
-    `model.generate(...)`). `skip_first` None: position 0 as the conventions of each SAE say.
+    `ModuleModel`, a HookedTransformer or TransformerBridge of TransformerLens, or a plain Hugging Face model; the last three
+    are called as ever (`model(input_ids)`, `model.generate(...)`, `model.run_with_cache(...)`). `skip_first` None: position 0 as the conventions of each SAE say.
     Raises UsageError for an unknown hook and DataError where an SAE's width is not the hook's; a pass over rows that
     are padded on the left raises DataError where position 0 is left out.
     """
     saes = _by_hook(saes)
     if error not in (True, False, "detached"):
         raise UsageError(f"error is True, False or 'detached', got {error!r}")
-    if not hasattr(model, "hooked"):
-        from cache.plain_model import PlainModel
-
-        model = PlainModel(model)
+    model = model if hasattr(model, "hooked") else _named(model)
     for hook, sae in saes.items():
         _check_place(model, hook, sae)
         if sae.cfg.hook and not sae.cfg.transcoder and _place(sae.cfg.hook) != _place(hook):
             misplaced(sae.cfg.hook, hook)
+        if getattr(model, "centred", False) and not sae.conventions.centred:
+            processed(model.name)
     attached = Attached(saes, error, skip_first)
 
     def at(hook: str) -> Callable[[Tensor], Tensor | None]:
@@ -157,8 +170,16 @@ def attach(
 
     read = [sae.cfg.hook for sae in saes.values() if sae.cfg.transcoder]
     edits = {hook: at(hook) for hook in dict.fromkeys([*saes, *read])}
-    with _watching_cache(getattr(model, "hf", None), attached), model.hooked(edits):
+    with _watching_cache(model, attached), model.hooked(edits):
         yield attached
+
+
+def _named(model: Any) -> Any:
+    """A model that is not of this library, with the hooks that a splice needs."""
+    from cache.hooked_transformer import HookedModel, is_hooked_transformer
+    from cache.plain_model import PlainModel
+
+    return HookedModel(model) if is_hooked_transformer(model) else PlainModel(model)
 
 
 def _by_hook(saes: Any) -> dict[str, SAE]:
@@ -220,20 +241,27 @@ def misplaced(trained: str, hook: str) -> None:
     )
 
 
+@cache
+def processed(model: str) -> None:
+    """Say it once a process."""
+    print(
+        f"attach: the writing weights of {model} are centred, and the SAE was trained on rows of the plain model: load it "
+        "with HookedTransformer.from_pretrained_no_processing",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 @contextmanager
-def _watching_cache(hf: torch.nn.Module | None, attached: Attached) -> Iterator[None]:
-    """Tell from the arguments of each pass of the Hugging Face model whether it continues a cache.
+def _watching_cache(model: Any, attached: Attached) -> Iterator[None]:
+    """Tell from the arguments of each pass of a language model whether it continues a cache.
 
     Padding on the left is refused where position 0 is passed on: the first column would be padding, and the sink of each
     row, past it, would be rebuilt.
     """
-    if hf is None:
-        yield
-        return
 
     def see(_: torch.nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        attached.continues = past is not None and past.get_seq_length() > 0
+        attached.continues = _cached(kwargs) > 0
         mask = kwargs.get("attention_mask")
         if attached.continues or not any(attached.skips.values()) or not isinstance(mask, Tensor):
             return
@@ -243,8 +271,20 @@ def _watching_cache(hf: torch.nn.Module | None, attached: Attached) -> Iterator[
                 "one by one, or give attach skip_first=False"
             )
 
-    handle = hf.register_forward_pre_hook(see, with_kwargs=True)
+    watched = [getattr(model, "hf", None), getattr(model, "first_block", None)]
+    handles = [m.register_forward_pre_hook(see, with_kwargs=True) for m in watched if m is not None]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _cached(kwargs: dict[str, Any]) -> int:
+    """Tokens in the key-value cache of a pass of a Hugging Face model, of a HookedTransformer, or of a block of it."""
+    if (past := kwargs.get("past_key_values")) is not None:
+        return int(past.get_seq_length())
+    entry = kwargs.get("past_kv_cache_entry")
+    if (past := kwargs.get("past_kv_cache")) is not None:
+        entry = past[0]
+    return 0 if entry is None else int(entry.past_keys.shape[1])

@@ -1,7 +1,8 @@
 """Which SAEs of a job stand together in a run folder already.
 
 A sweep trains its SAEs in as few runs as memory allows, and the free memory is another one at each start; what has been
-begun is therefore looked up by content, before the rest is grouped.
+begun is therefore looked up by content, before the rest is grouped. Fields that came later stand for their defaults, as in
+the names of runs (`runs.LATER`): a run begun before them is found.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from saes import warm_start as warm_starts
 from saes.binding import bind, open_source
 from saes.checkpoint import latest_step
 from saes.config import SAEConfig
-from saes.runs import RECORD, run_name
+from saes.runs import RECORD, named, run_name
 from saes.train_config import TrainConfig
 
 
@@ -42,10 +43,10 @@ def started_groups(
     source = open_source(data, hook, out_hook)
     bound = [bind(c, source) for c in saes]
     warm = warm_starts.resolve(warm_start, bound)
-    texts = [canonical_json(c.to_dict()) for c in bound]
+    texts = [canonical_json(named(c.to_dict())) for c in bound]
     free, groups = list(range(len(bound))), []
     for progress, run, configs in found:
-        at = _places([canonical_json(c) for c in configs], texts, free)
+        at = _places([canonical_json(named(c)) for c in configs], texts, free)
         # the folder's name stands for schedule, data and warm start too
         same = at and run.name == run_name([bound[i] for i in at], config, source, [warm[i] for i in at])
         if same and (progress or not worth):

@@ -51,6 +51,9 @@ class TrainConfig(CheckedConfig):
     """Rows used: of train documents, of held-out ones, or of all."""
     skip: str | None = "first"
     """Rows left out: first (position 0 of a context, the attention sink), special, not_assistant, joined by +."""
+    window: int = 32
+    """Row groups of a store that are mixed at a time, each about 6 MiB of a hook: 175,000 rows at d 576, 44,000 at d 2,304
+    (fp16). Papers mix 2^18 rows and more: 49 and 193 row groups. Two windows stay in memory; a ring has its own."""
     log_every: int = 50
     """Steps between two rows of metrics."""
     checkpoint_seconds: float = 60.0
@@ -58,7 +61,7 @@ class TrainConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        self._check_whole(1, "steps", "batch_size", "log_every", "dead_refresh_steps", "dead_window_tokens")
+        self._check_whole(1, "steps", "batch_size", "window", "log_every", "dead_refresh_steps", "dead_window_tokens")
         self._check_whole(0, "warmup_steps", "seed")
         self._check_moment("beta1", "beta2")
         if self.lr is not None and not 0 < self.lr < math.inf:

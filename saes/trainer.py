@@ -74,6 +74,10 @@ class Trainer:
         self.bias = GroupBias(cfg, train, device) if cfg.bias_rule == "gba" else None
         if self.bias is not None:
             self.bias.prepare(self.sae)
+        if cfg.bias_rule == "frozen":
+            for name in ("b_enc", "b_mag"):
+                if hasattr(self.sae, name):
+                    getattr(self.sae, name).requires_grad_(False)
         if cfg.space == "unit":
             # the centre of the rows, found at the start, stands for it; the rule of the saved SAE needs it as b_dec
             self.sink_norm = SINK_RATIO
@@ -102,6 +106,8 @@ class Trainer:
         self._into = None if tied else GradientBuffers(self.sae.W_enc, self.sae.W_dec, self._scratch)
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._sum_steps = 0
+        # of these steps, those until the first whose loss or gradient is not finite
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def whiten(self, aip: AIP) -> None:
         """Train in the space of this AIP: E||x||^2 = d_model, and more where a centred one leaves the rows their mean."""
@@ -201,6 +207,7 @@ class Trainer:
             spread = torch.where(usual, ((y - self.mean) ** 2).sum(1), 0.0).sum()
             self._sums += torch.stack([error, spread, terms.auxk, fired, norm, terms.sparsity]).double()
             self._sum_steps += 1
+            self._finite_steps += self._sums.isfinite().all()
 
     def _sparsity_weight(self, step: int) -> float:
         """Share of l1 or l0 that counts at this step: linear warm-up."""
@@ -262,14 +269,15 @@ class Trainer:
         return self.rows_seen - self.last_fired > self.train.dead_window()
 
     @property
-    def running_sums(self) -> Tensor:
-        """Sums since the last `metrics()`; not finite once a step has gone wrong."""
-        return self._sums
+    def wrong_steps(self) -> int:
+        """Of the steps since the last `metrics()`, how many are not finite: from the first such one on, all. Waits."""
+        return self._sum_steps - int(self._finite_steps)
 
     def metrics(self) -> dict[str, float]:
         """Over the steps since the last call: fvu, means of auxk, l0, grad_norm, sparsity; and n_dead. Waits."""
         error, spread, aux, l0, norm, sparsity = (self._sums / max(self._sum_steps, 1)).tolist()
         self._sums.zero_()
+        self._finite_steps.zero_()
         self._sum_steps = 0
         fvu = error / max(spread, 1e-30)
         means = {"auxk": aux, "l0": l0, "grad_norm": norm, "sparsity": sparsity}
@@ -332,6 +340,7 @@ class Trainer:
         ids = tensors["dead"].to(device).clone()
         self.dead = Dead(ids, min(self.cfg.aux_width(), len(ids))) if len(ids) else None
         self.rows_seen, self._sum_steps = state["rows_seen"], state["sum_steps"]
+        self._finite_steps.fill_(self._sum_steps)  # no other state is saved
         self.scale, self.variance, self.eps = state["scale"], state["variance"], state["eps"]
         self.scale_out = state["scale_out"]
         self.screen.load_state(state["screen"])

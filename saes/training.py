@@ -10,6 +10,7 @@ The same call again finds the finished run and loads it, or goes on from its las
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -27,6 +28,7 @@ from cache.errors import AtomscopeError
 from cache.progress import Bar, progress
 from cache.provenance import provenance
 from cache.workspace import workspace_path, write_json
+from saes import footprint
 from saes import warm_start as warm_starts
 from saes.aip import SecondMoment, estimate_rows, second_moment
 from saes.binding import bind, check_data_path, open_source
@@ -102,6 +104,7 @@ def _run(
     listener: Listener | None = None,
 ) -> list[TrainResult]:
     started = time.time()
+    footprint.tell(configs, config, source, device)
     moments = (source.moments(config), device, source.target_moments(config))
     scratch = Scratch()
     trainers = [Trainer(c, config, *moments, scratch) for c in configs]
@@ -121,6 +124,7 @@ def _run(
         for t, sae in zip(trainers, warm, strict=True):
             if sae is not None:
                 warm_starts.warm_start(t, sae, sample.x)
+        del sample  # not to be kept beside the run
     first = checkpoint.step if checkpoint else 0
     record = new_record(source, configs, config) | ({"warm_start": started_from} if any(warm) else {})
     for t in trainers:
@@ -133,6 +137,7 @@ def _run(
         _loop(group, stream, config, run, log, first)
     finally:
         stream.close()
+        del stream  # its windows go before `_finish` opens another one
     rules = _bias_rules(group, config)
     results = _finish(group, source, config, device, log)
     if run is not None:
@@ -173,7 +178,10 @@ def _finish(
             results.append(TrainResult(None, None, own, group.lost[i]["why"]))
             continue
         sae = t.finish(None if check is None else check.x)
-        sae.conventions = of_training(source, config.skip, own[-1]["l0"] if own else None)
+        last = own[-1] if own else {"l0": None, "fvu": None}
+        # that of normalised or whitened rows says nothing about rows as they are
+        fvu = last["fvu"] if t.cfg.space in ("raw", "scalar") else None
+        sae.conventions = of_training(source, config.skip, last["l0"], fvu)
         path = sae.save(group.run / folder_of(i, t.cfg)) if group.run is not None else None
         if path is not None and t.aip is not None:
             t.aip.save(path)
@@ -242,8 +250,10 @@ def _loop(
 def _save(group: Together, stream: Any, run: Path, log: MetricsLog, done: int) -> None:
     """A checkpoint after `done` steps; never of a state that has gone wrong since the last logged step."""
     for i, t in group.live:
-        if not torch.isfinite(t.running_sums).all():
-            group.drop(i, "the loss", done)
+        if wrong := t.wrong_steps:
+            group.drop(i, "the loss", done - wrong + 1, done)
+        elif not all(p.isfinite().all() for p in t.sae.parameters()):
+            group.drop(i, "a weight", done, done)
     log.flush(done)
     save_checkpoint(run, Checkpoint(done, stream.state_dict(), group.states()))
 
@@ -251,10 +261,10 @@ def _save(group: Together, stream: Any, run: Path, log: MetricsLog, done: int) -
 def _log(group: Together, config: TrainConfig, step: int, rate: float, log: MetricsLog, bar: Bar) -> None:
     """A row for each SAE, but for those whose metrics are not finite: they are taken out."""
     for i, t in group.live:
-        row = t.metrics()
-        bad = [k for k, v in row.items() if not v < float("inf")]
+        wrong, row = t.wrong_steps, t.metrics()
+        bad = [k for k, v in row.items() if not math.isfinite(v)]
         if bad:
-            group.drop(i, ", ".join(bad), step + 1)
+            group.drop(i, ", ".join(bad), step + 1 - max(0, wrong - 1), step + 1)
             continue
         lr = config.lr_at(step, t.cfg.d_sae, t.cfg.lr)
         log.add(

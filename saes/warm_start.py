@@ -4,7 +4,8 @@ A saved SAE is folded, so folding is undone first, exactly: b_enc, b_mag, thresh
 transcoder: both scales and the shift of its input; in space `aip`: the whitening). Rows of W_dec are then made unit, with
 the norm moved into W_enc, b_enc, b_mag and the threshold; where k latents of largest u are kept that would change which,
 so rows that are not unit are refused there. k, weights of the objective and learning rate are the new run's:
-`sparsity_warmup=0` keeps the sparsity that the SAE has.
+`sparsity_warmup=0` keeps the sparsity that the SAE has. sae-lens saves a BatchTopK SAE as a JumpReLU one with the same
+threshold everywhere: `batch_topk` starts from that too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from saes.sae import SAE, fold_input_scale, fold_whitening
 
 WarmStart = SAE | str | Path | None
 UNIT_TOLERANCE = 1e-3
+ONE_THRESHOLD = 1e-5
+"""Thresholds of a JumpReLU SAE are one where they differ by at most this share of the largest."""
 
 
 def resolve(warm_start: WarmStart | Sequence[WarmStart], configs: Sequence[SAEConfig]) -> list[SAE | None]:
@@ -46,7 +49,7 @@ def check(sae: SAE, cfg: SAEConfig) -> None:
     """Refuse a start from another architecture, shape or model, and the rules that have no folded form to undo."""
     have = sae.cfg
     for what, a, b in (
-        ("activation", have.activation, cfg.activation),
+        ("activation", _kind(sae, cfg), cfg.activation),
         ("d_sae", have.d_sae, cfg.d_sae),
         ("d_model", have.d_model, cfg.d_model),
         ("d_out", have.d_out, cfg.d_out),
@@ -61,9 +64,19 @@ def check(sae: SAE, cfg: SAEConfig) -> None:
             f"warm start of {cfg.label}: the given SAE is of other weights ({have.model_sha[:12]}) than the data "
             f"({cfg.model_sha[:12]})"
         )
-    if cfg.bias_rule != "gradient" or "unit" in (cfg.space, have.space):
-        rule = cfg.bias_rule if cfg.bias_rule != "gradient" else "space unit"
+    if cfg.bias_rule == "gba" or "unit" in (cfg.space, have.space):
+        rule = "gba" if cfg.bias_rule == "gba" else "space unit"
         raise UsageError(f"{rule} has state that a saved SAE does not hold: train {cfg.label} from the start")
+
+
+def _kind(sae: SAE, cfg: SAEConfig) -> str:
+    """Activation that the SAE can start: a JumpReLU SAE with one threshold is what becomes of a BatchTopK one."""
+    if (sae.cfg.activation, cfg.activation) != ("jumprelu", "batch_topk"):
+        return sae.cfg.activation
+    low, high = sae.threshold.aminmax()
+    if float(high - low) <= ONE_THRESHOLD * float(high):
+        return cfg.activation
+    return f"jumprelu (with thresholds from {float(low):.3g} to {float(high):.3g}: batch_topk has one)"
 
 
 @torch.no_grad()

@@ -231,6 +231,46 @@ def test_generation_with_a_cache_splices_every_new_token(hf) -> None:
     assert not torch.equal(cached, hf.generate(prompt, use_cache=True, **options))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("error", [True, False, "detached"])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_an_edit_may_write_into_the_codes_it_is_given(
+    activation: str, error: Any, frozen: bool, grad: bool
+) -> None:
+    """As a new tuple of new tensors would do: values, gradients of the codes, and what stands in `codes`."""
+    model, hook = make_model("llama").requires_grad_(not frozen), "blocks.0.hook_resid_post"
+    sae, got = make_sae(hook, activation=activation), []
+
+    def written(c: Codes) -> None:
+        c.values[c.indices == off] = 0
+        c.values.mul_(3.0)
+
+    def made(c: Codes) -> Codes:
+        return c._replace(values=torch.where(c.indices == off, 0.0, c.values) * 3.0)
+
+    def both(c: Codes) -> Codes:
+        written(c)
+        return c
+
+    with torch.no_grad(), attach(model, sae) as a:
+        model(tokens())
+    off, plain = int(a.codes[hook].indices[0, 0] if activation == "topk" else a.codes[hook].indices[0]), a.codes[hook].values  # fmt: skip
+    for edit in (made, written, both):
+        with torch.set_grad_enabled(grad), attach(model, sae, error=error) as a:
+            a.edit(hook, edit)
+            logits = model(tokens()).logits
+            if grad:
+                logits[:, -1].logsumexp(-1).sum().backward()
+        got.append((logits.detach(), a.codes[hook].values))
+    for logits, values in got:
+        assert torch.equal(logits, got[0][0]) and torch.equal(values.detach(), plain)
+        assert (values.grad is not None) is grad
+        if grad:
+            torch.testing.assert_close(values.grad, got[0][1].grad)
+            assert values.grad[a.codes[hook].indices == off].abs().max() == 0 < values.grad.abs().max()
+
+
 def test_bfloat16_models_keep_their_values_bit_for_bit() -> None:
     model = make_model("llama").to(torch.bfloat16)
     hook = "blocks.0.hook_resid_post"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ from cache.errors import DataError
 from saes.checking import check
 from saes.config import SAEConfig
 from saes.conventions import Conventions
+from saes.evaluation import evaluate
+from saes.indexing import build_index
+from saes.presets import PRESETS
 from saes.sae import SAE
+from saes.train_config import TrainConfig
+from saes.training import train
 from tests.corpora import HOOK, empty_store, fill, make_corpus
 
 D, F, K = 16, 16, 3
@@ -125,3 +131,68 @@ def test_a_store_of_another_width_is_refused(space) -> None:
     store, _, _ = space
     with pytest.raises(DataError, match="d_model"):
         check(SAE(SAEConfig(d_sae=F, k=K, d_model=D + 1, hook=HOOK)), store)
+
+
+OTHERWISE = Conventions(prepend_bos=True, context=8, model="google/gemma-2-2b")
+
+
+def test_evaluate_and_build_index_say_each_difference_in_one_line_and_once(space, capsys) -> None:
+    """Only `check` did: figures of an SAE on text that it was not made for looked like any other."""
+    store, sae, _ = space
+    sae.conventions = Conventions(prepend_bos=False)
+    evaluate(sae, store, controls=False)
+    assert " on " not in capsys.readouterr().err
+    sae.conventions = OTHERWISE
+    evaluate(sae, store, controls=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if f" on {store.path.name}: " in line]
+    assert len(lines) == 3, lines
+    for line, words in zip(lines, ("gemma-2-2b", "prepend_bos=True", "contexts of 8"), strict=True):
+        assert words in line and sae.cfg.label in line
+    build_index(sae, store)
+    evaluate(sae, store, controls=False)
+    assert "gemma" not in capsys.readouterr().err
+
+
+def test_build_index_alone_says_them_too(space, capsys) -> None:
+    store, sae, _ = space
+    with torch.no_grad():
+        sae.b_enc += 0.01  # another SAE than that of other tests: lines come once a process
+    sae.conventions = OTHERWISE
+    build_index(sae, store)
+    err = capsys.readouterr().err
+    assert all(err.count(words) == 1 for words in ("gemma-2-2b", "prepend_bos=True", "contexts of 8")), err
+
+
+def test_an_sae_trained_here_passes_and_with_a_wrong_decoder_does_not(space, tmp_path: Path) -> None:
+    """Its card is the run's own FVU: a decoder of half the size was passed in silence."""
+    store, _, _ = space
+    config = TrainConfig(steps=300, batch_size=128, lr=5e-3, screen="off", log_every=50)
+    kinds = [
+        ("topk", {"k": K}),
+        ("batch_topk", {"k": K}),
+        ("relu_l1", {"l1": 0.1}),
+        ("topk", {"k": K, "space": "raw"}),
+    ]
+    for result in train(store, [PRESETS[p](d_sae=24, **more) for p, more in kinds], config):
+        assert result.path is not None
+        sae = SAE.load(result.path)
+        assert sae.conventions.fvu == pytest.approx(result.metrics[-1]["fvu"])
+        assert check(sae, store).warnings == () and sae.sae_id == result.sae.sae_id
+        with torch.no_grad():
+            sae.W_dec.mul_(0.5)
+        assert any("stated is" in w for w in check(sae, store).warnings), sae.cfg.label
+
+
+def test_text_that_an_sae_was_not_trained_on_may_be_harder(space) -> None:
+    store, sae, _ = space
+    with torch.no_grad():
+        sae.W_dec.mul_(0.8)  # an FVU of 0.04
+    own = Conventions(dataset="test", context=store.corpus.context, fvu=0.0)
+    assert any("stated is" in w for w in check_with(sae, own, store))
+    for other in (replace(own, dataset="another"), replace(own, source="saelens")):
+        assert not check_with(sae, other, store)
+
+
+def check_with(sae: SAE, conventions: Conventions, store) -> tuple[str, ...]:
+    sae.conventions = conventions
+    return check(sae, store).warnings

@@ -6,6 +6,7 @@ atoms of synthetic suite S0 (48 unit atoms in 24 dimensions, exactly 2 active, m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,9 @@ def _dense(p: dict[str, Tensor], x: Tensor, cfg: SAEConfig) -> dict[str, Tensor]
         z = (linear * p["r_mag"].exp() + p["b_mag"]).relu() * (u > 0)
         out["sparsity"] = u.relu().sum() / len(x)
         out["gate"] = u.relu() @ p["W_dec"].detach() + p["b_dec"].detach()
+    if cfg.multi_topk:
+        wide = u * _keep(u, replace(cfg, k=4 * cfg.k, multi_topk=0.0))
+        out["wide"] = (wide if cfg.signed else wide.relu()) @ p["W_dec"] + p["b_dec"]
     edges = (*cfg.matryoshka, cfg.d_sae)
     nested = [z[:, :w] @ p["W_dec"][:w] + p["b_dec"] for w in edges]
     return out | {"u": u, "z": z, "x_hat": nested[-1], "prefixes": torch.stack(nested[:-1] or nested, 1)}
@@ -111,6 +115,8 @@ def _dense_loss(term: str, p: dict[str, Tensor], x: Tensor, cfg: SAEConfig, dead
     if term == "matryoshka":
         total = (error**2).sum() + ((out["prefixes"] - target[:, None]) ** 2).sum()
         return total / len(x) / (1 + len(cfg.matryoshka))
+    if term == "multi_topk":
+        return ((error**2).sum() + cfg.multi_topk * ((out["wide"] - target) ** 2).sum()) / len(x)
     assert dead is not None
     ud = out["u"][:, dead.ids]
     best = (ud.abs() if cfg.signed else ud).topk(dead.k_aux, dim=1).indices
@@ -124,6 +130,7 @@ TERMS = [
     *((a, "mse", {}) for a in ACTIVATIONS),
     *((a, "auxk", {"auxk": 0.7}) for a in ACTIVATIONS if a != "gated"),
     *((a, "matryoshka", {"matryoshka": (4, 11)}) for a in ACTIVATIONS if "topk" in a),
+    *((a, "multi_topk", {"multi_topk": 0.3}) for a in ACTIVATIONS if "topk" in a),
     ("relu", "l1", {}), ("gated", "l1", {}), ("gated", "gate", {}), ("jumprelu", "l0", {}),
     ("jumprelu", "l0_target", {"l0_target": 3.0}),
 ]  # fmt: skip
@@ -153,7 +160,7 @@ def test_gradient_of_each_loss_term_equals_dense_autograd(
     elif term == "gate":
         assert out.gate is not None
         got = ((out.gate - target) ** 2).sum() / B
-    elif term == "matryoshka":
+    elif term in ("matryoshka", "multi_topk"):
         got = loss_terms(cfg, target, out, None, 1.0, 1.0).loss
     else:
         plain = out._replace(sparsity=None if out.sparsity is None else out.sparsity.detach() * 0)
@@ -179,7 +186,7 @@ def test_gradient_of_each_loss_term_equals_dense_autograd(
             msg=lambda m, n=name: f"gradient of {n}: {m}",
         )
     moved = {n for n, t in p.items() if t.grad is not None and t.grad.abs().sum() > 0}
-    if term in ("auxk", "matryoshka"):
+    if term in ("auxk", "matryoshka", "multi_topk"):
         assert {"W_enc", "W_dec"} <= moved
     if (activation, term) in (("jumprelu", "mse"), ("jumprelu", "l0"), ("jumprelu", "l0_target")):
         assert "threshold" in moved

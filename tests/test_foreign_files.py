@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cache.errors import DataError, MissingDataError, UsageError
 from saes.foreign import releases
 from saes.foreign.convert import convert
-from saes.foreign.sparsify import hook_of
+from saes.foreign.module_names import hook_of
 from saes.sae import SAE
 
 FIXTURES = Path(__file__).parent / "fixtures" / "foreign"

@@ -25,8 +25,9 @@ def test_errors_of_nested_reconstructions_have_the_gradient_of_their_definition(
     """In blocks of rows of any size, the last one smaller."""
     monkeypatch.setattr(nested, "BLOCK_BYTES", rows * groups * 4 * 8)
     parts, b_dec, y = leaves(7, groups, 4)
-    got = Nested(parts, b_dec, Scratch()).error(y)
-    want = sum((((parts[:, : g + 1].sum(1) + b_dec) - y) ** 2).sum() for g in range(groups))
+    weights = (1.0, 0.125, 0.5, 2.0, 0.3)[:groups]
+    got = Nested(parts, b_dec, Scratch(), weights).error(y)
+    want = sum(weights[g] * (((parts[:, : g + 1].sum(1) + b_dec) - y) ** 2).sum() for g in range(groups))
     torch.testing.assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(t, (parts, b_dec, y)) for t in (3 * got, 3 * want)), strict=True):
         torch.testing.assert_close(a, b)
@@ -34,14 +35,14 @@ def test_errors_of_nested_reconstructions_have_the_gradient_of_their_definition(
 
 def test_prefixes_are_the_sums_of_the_parts_so_far() -> None:
     parts, b_dec, _ = leaves(3, 4, 2)
-    prefixes = Nested(parts, b_dec, Scratch()).prefixes
+    prefixes = Nested(parts, b_dec, Scratch(), (1.0,) * 4).prefixes
     for g in range(4):
         torch.testing.assert_close(prefixes[:, g], parts[:, : g + 1].sum(1) + b_dec)
 
 
 def test_a_second_walk_back_is_an_error_and_not_a_wrong_gradient() -> None:
     parts, b_dec, y = leaves(3, 2, 2)
-    error = Nested(parts, b_dec, Scratch()).error(y)
+    error = Nested(parts, b_dec, Scratch(), (1.0, 1.0)).error(y)
     error.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         error.backward()

@@ -130,6 +130,16 @@ def test_a_second_call_finds_everything_done_and_other_commands_take_the_release
     assert evaluated.returncode == 0 and "held-out FVU" in evaluated.stdout
 
 
+def test_a_difference_to_the_training_of_the_sae_is_said_once(
+    published: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """`open` checks and indexes in a row, and both look at the conventions."""
+    mirror = {"ATOMSCOPE_SAE_MIRROR": str(published)}
+    done = command("open", f"tiny-release:{HOOK}", text_file, "--context", 48, home=tmp_path, **mirror)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("contexts of 32 tokens") == 1
+
+
 def test_a_folder_without_names_asks_for_model_and_hook(
     text_file: Path, tiny_dir: Path, tmp_path: Path
 ) -> None:

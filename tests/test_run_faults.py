@@ -211,6 +211,93 @@ def test_weights_that_are_nan_are_found_whatever_the_activation(preset: str, mon
     assert lost.failed is not None and good.metrics[-1]["step"] == 20
 
 
+def poison(monkeypatch, at: int, name: str) -> None:
+    """NaN in a weight of the SAE `name` before step `at` (1-based)."""
+    real = training.Trainer.step
+
+    def poisoned(self, x, step, *more):
+        if step + 1 == at and self.cfg.label == name:
+            with torch.no_grad():
+                self.sae.W_enc[0, 0] = float("nan")
+        return real(self, x, step, *more)
+
+    monkeypatch.setattr(training.Trainer, "step", poisoned)
+
+
+def checkpoint_at(monkeypatch, step: int) -> None:
+    """One checkpoint, after `step` steps (of a run whose checkpoint_seconds are below 0)."""
+    real = training._save
+
+    def save(group, stream, run, log, done):
+        if done == step:
+            real(group, stream, run, log, done)
+
+    monkeypatch.setattr(training, "_save", save)
+
+
+@pytest.mark.parametrize("at, logged", [(4, 5), (5, 5), (6, 10), (33, 35)])
+def test_the_first_step_that_went_wrong_is_named_and_not_the_logged_one(
+    at: int, logged: int, tmp_path: Path, monkeypatch
+) -> None:
+    store, _ = make_store(tmp_path, [40] * 20)
+    poison(monkeypatch, at, "good")
+    with pytest.raises(DataError, match=f"not finite at step {at} of SAE good") as e:
+        train(store, [GOOD], RUN)
+    assert (f"(noticed at step {logged})" in str(e.value)) == (at != logged)
+    assert "no checkpoint was written before" in str(e.value)
+    (failed,) = record_of(tmp_path)["failed"]
+    assert failed["step"] == at and failed["last_good"] is None
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_last_good_checkpoint_is_named_of_one_sae_and_beside_others(
+    together: bool, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    store, _ = make_store(tmp_path, [40] * 20)
+    poison(monkeypatch, 23, "second")
+    checkpoint_at(monkeypatch, 17)
+    second = topk(d_sae=16, k=2, name="second")
+    if together:
+        lost = train(store, [GOOD, second], often(RUN))[1]
+        said, why = capsys.readouterr().err, lost.failed or ""
+    else:
+        with pytest.raises(DataError) as e:
+            train(store, [second], often(RUN))
+        said = why = str(e.value)
+    (run,) = (p.parent for p in tmp_path.glob("saes/*/run.json"))
+    words = "at step 23 of SAE second (noticed at step 25): lower lr"
+    assert words in why and "last good checkpoint: step 17" in why
+    assert f"last good checkpoint: step 17 in {run}" in said
+    assert record_of(tmp_path)["failed"][0]["last_good"] == 17
+
+
+def test_a_step_that_went_wrong_after_a_resume_is_counted_from_the_start(tmp_path: Path, monkeypatch) -> None:
+    """The checkpoint falls between two logged steps."""
+    store, _ = make_store(tmp_path, [40] * 20)
+    checkpoint_at(monkeypatch, 17)
+    poison(monkeypatch, 19, "good")
+    with pytest.raises(DataError, match="at step 19 of"):
+        train(store, [GOOD], often(RUN))
+    with pytest.raises(DataError, match=r"at step 19 of SAE good \(noticed at step 20\).*checkpoint: step 17"):
+        train(store, [GOOD], RUN)
+
+
+def test_a_checkpoint_never_holds_a_weight_that_is_not_finite(tmp_path: Path, monkeypatch) -> None:
+    """An optimiser step may break the weights after a loss that was fine: the next loss would show it, too late."""
+    store, _ = make_store(tmp_path, [40] * 20)
+    real = training.Trainer.step
+
+    def broken(self, x, step, *more):
+        real(self, x, step, *more)
+        if step + 1 == 12:
+            with torch.no_grad():
+                self.sae.b_enc[3] = float("inf")
+
+    monkeypatch.setattr(training.Trainer, "step", broken)
+    with pytest.raises(DataError, match="a weight is not finite at step 12 of SAE good.*checkpoint: step 11"):
+        train(store, [GOOD], often(RUN))
+
+
 def test_a_config_made_for_another_hook_is_refused_by_name(tmp_path: Path) -> None:
     store, _ = make_store(tmp_path, [40] * 20)
     with pytest.raises(DataError, match=f"{OTHER}.*{HOOK}"):

@@ -245,6 +245,21 @@ def test_position_0_counts_as_left_out_where_it_is_a_bos_and_special_rows_are_le
     assert of_training(SimpleNamespace(store=store), skip, 2.0).skip_first is left_out
 
 
+def test_the_fvu_of_training_is_stated_where_it_is_that_of_plain_rows(tmp_path: Path) -> None:
+    """That of whitened or normalised rows is another number; neither is part of the id."""
+    config = TrainConfig(steps=3, batch_size=8, screen="off")
+    kinds = [topk(d_sae=24, k=2, space=s, name=s) for s in ("raw", "scalar", "unit", "aip")]
+    for result in train(rows(200), kinds, config, workspace=tmp_path):
+        meta = json.loads((result.path / "cfg.json").read_text())["metadata"]
+        stated = result.metrics[-1]["fvu"] if result.sae.cfg.name in ("raw", "scalar") else None
+        assert meta.get("stated_fvu") == stated
+        without = dict(meta)
+        without.pop("stated_fvu", None)
+        changed(result.path, metadata=without)
+        again = SAE.load(result.path)
+        assert again.conventions.fvu is None and again.sae_id == result.sae.sae_id == meta["sae_id"]
+
+
 def test_conventions_are_not_part_of_the_id(tmp_path: Path) -> None:
     sae = make_sae()
     before = sae.sae_id

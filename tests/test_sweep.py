@@ -13,6 +13,8 @@ import yaml
 from app import jobs, sweep
 from cache.errors import UsageError
 from saes import TrainConfig, presets, train
+from saes.footprint import estimate
+from saes.runs import LATER
 from saes.started import started_groups
 from tests.corpora import make_store
 from tests.test_cli import run
@@ -64,8 +66,8 @@ def test_a_wrong_grid_is_one_line_before_anything_is_trained(grid: object, words
 
 def test_groups_stay_within_the_memory_and_lose_no_sae() -> None:
     ((saes, schedule),) = sweep.expand(JOB | {"grid": {"k": list(range(1, 8))}})
-    whole = jobs.estimate(saes, schedule, 512, 1024)["memory_bytes"]
-    one = jobs.estimate(saes[:1], schedule, 512, 1024)["memory_bytes"]
+    whole = estimate(saes, schedule, 512, 1024)["memory_bytes"]
+    one = estimate(saes[:1], schedule, 512, 1024)["memory_bytes"]
     budget = one + 2.5 * (whole - one) / 6
     runs, used = sweep.plan([(saes, schedule)], 512, budget=budget)
     assert used == budget and [s for run in runs for s in run.saes] == saes
@@ -152,13 +154,13 @@ def test_a_diverging_sae_of_a_sweep_costs_none_of_the_others(capsys, tmp_path: P
 def test_one_sae_that_diverges_alone_ends_the_command_with_its_step(capsys, tmp_path: Path) -> None:
     job = JOB | {"saes": [{"d_sae": 64, "k": 2}], "train": JOB["train"] | {"lr": 1e30, "grad_clip": 0}}
     code, _, err = command(capsys, tmp_path, job)
-    assert code == 1 and "not finite at step 4 of SAE topk-64-k2" in err.splitlines()[-1]
+    assert code == 1 and "not finite at step 2 of SAE topk-64-k2 (noticed at step 4)" in err.splitlines()[-1]
 
 
 def test_the_same_sweep_keeps_its_runs_whatever_memory_is_free(capsys, tmp_path: Path, monkeypatch) -> None:
     job = JOB | {"grid": {"k": [1, 2, 3, 4]}}
     saes, schedule = sweep.expand(job)[0]
-    three = jobs.estimate(saes[:3], schedule, 8, 16)["memory_bytes"]
+    three = estimate(saes[:3], schedule, 8, 16)["memory_bytes"]
     monkeypatch.setattr(sweep, "free_memory", lambda: three * 1.0000001 / sweep.SHARE)
     assert command(capsys, tmp_path, job)[0] == 0
     before = folders(tmp_path)
@@ -198,6 +200,25 @@ def test_memory_asked_for_regroups_a_run_that_has_kept_nothing_yet(tmp_path: Pat
     assert started_groups(store, saes, schedule, worth=True) == []
     assert started_groups(store, saes, TrainConfig(**(schedule.to_dict() | {"seed": 1}))) == []
     assert started_groups(store, saes, schedule, warm_start=done[0].path) == []
+
+
+def test_a_sweep_begun_before_a_field_existed_is_found_again(tmp_path: Path) -> None:
+    """Its SAEs would be put together by the memory of now, and trained again in other folders."""
+    store, _ = make_store(tmp_path, d=8)
+    saes, schedule = sweep.expand(JOB | {"grid": {"k": [2, 4]}})[0]
+    path = train(store, saes, schedule)[0].path.parent / "run.json"
+    record = json.loads(path.read_text())
+    for fields in (record["train"], *record["configs"]):
+        for later in LATER:
+            fields.pop(later, None)
+    path.write_text(json.dumps(record))
+    assert started_groups(store, saes, schedule) == [[0, 1]]
+    now = TrainConfig(**(schedule.to_dict() | {"lr_schedule": "cosine"}))
+    assert started_groups(store, saes, now) == [], "another schedule is another run"
+    tied = [presets.gba(d_sae=64, gba_b_dec=rule) for rule in ("fixed", "trained")]
+    record["configs"] = [{k: v for k, v in c.to_dict().items() if k not in LATER} for c in tied[:1]]
+    path.write_text(json.dumps(record))
+    assert started_groups(store, tied[1:], schedule) == [], "the field's other value is another SAE"
 
 
 def test_warm_start_from_latest_says_what_it_is_and_is_the_same_for_every_run(capsys, tmp_path: Path) -> None:

@@ -410,7 +410,7 @@ def test_runs_of_before_a_field_existed_keep_their_names() -> None:
     sae = topk(d_sae=64, k=3, d_model=32)
     old = {"saes": [sae.to_dict()], "train": config.to_dict(), "data": TensorSource(x).provenance}
     for fields in (old["saes"][0], old["train"]):
-        for name in ("checkpoint_seconds", "autocast", "lr_schedule", "lr_end", "gba_b_dec"):
+        for name in ("checkpoint_seconds", "autocast", "lr_schedule", "lr_end", "gba_b_dec", "window"):
             fields.pop(name, None)
     digest = hashlib.sha256(canonical_json(old).encode()).hexdigest()[:8]
     assert run_name([sae], config, TensorSource(x)) == f"topk-64-k3-{digest}"
@@ -443,6 +443,42 @@ def test_a_few_attention_sinks_do_not_set_the_units_of_the_run() -> None:
         return t.variance
 
     assert normaliser(sinks) == pytest.approx(normaliser(x), rel=0.05)
+
+
+@pytest.mark.parametrize("preset", [topk, abs_topk, batch_topk, batch_abs_topk])
+def test_multi_topk_keeps_an_sae_good_when_k_is_raised_after_training(preset) -> None:
+    """Gao et al. 2024: without the term, latents past the k-th were never asked to add up."""
+    x, _ = planted(6000, active=6)
+    config = TrainConfig(steps=300, batch_size=256, lr=5e-3, warmup_steps=10, screen="off")
+    plain, multi = train(
+        x, [preset(d_sae=64, k=3, auxk=0), preset(d_sae=64, k=3, auxk=0, multi_topk=1 / 8)], config
+    )
+    assert "multi" in multi.sae.cfg.label or multi.path is None
+
+    def fvu(sae: SAE, k: int) -> float:
+        u = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+        keep = torch.topk(u.abs() if sae.cfg.signed else u, k, dim=1).indices
+        z = torch.zeros_like(u).scatter(1, keep, u.gather(1, keep))
+        x_hat = (z if sae.cfg.signed else z.relu()) @ sae.W_dec + sae.b_dec
+        return float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum())
+
+    assert fvu(multi.sae, 12) < 0.8 * fvu(plain.sae, 12)
+    assert fvu(multi.sae, 3) < 1.3 * fvu(plain.sae, 3)
+    l0 = multi.sae.encode(x).l0().float().mean().item()
+    assert l0 == pytest.approx(3, rel=0.1), "codes and thresholds are those of k"
+    assert multi.metrics[-1]["l0"] == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("preset", [topk, batch_topk, jumprelu, relu_l1, presets.gated])
+def test_frozen_biases_stay_where_they_were_and_the_rest_is_trained(preset, tmp_path: Path) -> None:
+    x, _ = planted(2000)
+    more = {"k": 3} if "topk" in preset.__name__ else {}
+    config = TrainConfig(steps=30, batch_size=128, lr=5e-3, warmup_steps=5)
+    result = train(x, [preset(d_sae=64, bias_rule="frozen", **more)], config, workspace=tmp_path)[0]
+    sae = SAE.load(result.path)
+    assert not sae.b_enc.any() and result.sae.cfg.label.startswith("frozen-")
+    assert not hasattr(sae, "b_mag") or not sae.b_mag.any()
+    assert float(((sae(x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()) < 0.9
 
 
 @pytest.mark.parametrize("preset", [relu_l1, jumprelu, topk])

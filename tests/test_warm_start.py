@@ -112,6 +112,41 @@ def test_another_architecture_width_or_rule_is_refused_in_one_line(x: Tensor) ->
         train(x[:, :8], [topk(d_sae=24, k=3)], STEP, warm_start=given)
 
 
+def test_a_batch_topk_run_goes_on_from_a_batch_topk_sae_that_sae_lens_saved(
+    x: Tensor, tmp_path: Path
+) -> None:
+    """It comes as JumpReLU with one threshold; an SAE with many is refused."""
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[dev]'")
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    ours = train(x, [config("batch_topk")], EARLIER)[0].sae
+    theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=10, d_sae=24, k=3))
+    with torch.no_grad():
+        size = torch.linspace(0.5, 2.0, 24)[
+            :, None
+        ]  # sae-lens leaves decoder rows as long as training made them
+        theirs.W_enc.copy_((ours.W_enc / size).T)
+        theirs.W_dec.copy_(ours.W_dec * size)
+        theirs.b_enc.copy_(ours.b_enc / size[:, 0])
+        theirs.b_dec.copy_(ours.b_dec)
+        theirs.topk_threshold.fill_(float(ours.threshold[0]))
+    theirs.save_inference_model(tmp_path / "theirs")
+    given = SAE.load(tmp_path / "theirs")
+    assert given.cfg.activation == "jumprelu"
+    torch.testing.assert_close(given(x), ours(x), rtol=1e-4, atol=1e-4)
+    again = train(x, [config("batch_topk")], STEP, warm_start=tmp_path / "theirs")[0]
+    assert again.metrics[0]["fvu"] == pytest.approx(fvu_of_batch(ours, x), rel=2e-3)
+    assert again.sae.cfg.activation == "batch_topk" and fvu(again.sae, x) == pytest.approx(
+        fvu(ours, x), rel=0.02
+    )
+    with torch.no_grad():
+        given.threshold[0] *= 2
+    with pytest.raises(DataError, match="thresholds from"):
+        train(x, [config("batch_topk")], STEP, warm_start=given)
+    with pytest.raises(DataError, match="activation jumprelu"):
+        train(x, [config("topk")], STEP, warm_start=tmp_path / "theirs")
+
+
 def test_the_start_is_part_of_the_run_and_of_its_record(x: Tensor, tmp_path: Path) -> None:
     given = train(x, [config("topk")], EARLIER, workspace=tmp_path)[0]
     plain = train(x, [config("topk")], STEP, workspace=tmp_path)[0]

@@ -20,6 +20,7 @@ from saes.foreign.folding import (
     fold_input_factor,
 )
 from saes.foreign.found import Card, check_kinds
+from saes.foreign.module_names import hook_of
 
 UNIT = "centred_unit_norm"
 """Input rule of space `unit`, unit norm of x - b_dec: of atomscope, not of SAELens."""
@@ -88,7 +89,22 @@ def upgraded(raw: dict[str, Any], card: Card, path: Path) -> dict[str, Any]:
         cfg["normalize_activations"] = "expected_average_only_in"
     if meta.get("hook_head_index") is not None:
         raise DataError(f"{path} reads head {meta['hook_head_index']} alone: this version reads whole hooks")
-    return cfg | {"metadata": meta}
+    return cfg | {"metadata": meta | _hooks(meta, path)}
+
+
+def _hooks(meta: dict[str, Any], path: Path) -> dict[str, str]:
+    """Hooks of an SAE that was trained on a Hugging Face model, which are names of its modules, by their names here."""
+    if meta.get("model_class_name") != "AutoModelForCausalLM" or meta.get("made_by") == "atomscope":
+        return {}
+    named = {key: meta[key] for key in ("hook_name", "hook_name_out") if meta.get(key)}
+    found = {k: n if n.startswith(("blocks.", "hook_")) else hook_of(n, meta.get("model_name") or "") for k, n in named.items()}  # fmt: skip
+    for key, name in named.items():
+        if not found[key]:
+            raise DataError(
+                f"{path} has {key}={name!r}, a module of {meta.get('model_name') or 'its model'} whose output has no name "
+                "here: write the hook, such as blocks.3.hook_mlp_out, in its place"
+            )
+    return found
 
 
 def _known_overrides(card: Card) -> dict[str, Any]:

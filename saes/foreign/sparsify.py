@@ -8,7 +8,6 @@ the context. Contexts are cut from texts joined by the end token and no position
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from saes.foreign.found import (
     refuse_unknown,
     refuse_values,
 )
+from saes.foreign.module_names import hook_of
 
 WEIGHTS = "sae.safetensors"
 _KNOWN = {
@@ -36,8 +36,6 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "skip_connection": (False,),
     "signed": (False,),
 }
-_PARTS = {"": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out", "self_attn": "hook_attn_out",
-          "attention": "hook_attn_out"}  # fmt: skip
 
 
 def read(path: Path, card: Card) -> Found:
@@ -65,15 +63,5 @@ def read(path: Path, card: Card) -> Found:
     conventions = Conventions(
         model=model, skip_first=False, context=run.get("ctx_len"), dataset=run.get("dataset") or ""
     )
-    config = {"activation": "topk", "k": raw["k"], "hook": hook_of(path.name), "model": model}
+    config = {"activation": "topk", "k": raw["k"], "hook": hook_of(path.name, model), "model": model}
     return Found(config, tensors, conventions)
-
-
-def hook_of(name: str) -> str:
-    """TransformerLens's name of a sparsify hook point; "" where it has none."""
-    if name == "embed_tokens":
-        return "hook_embed"
-    found = re.fullmatch(r"(?:model\.)?(?:layers|h)[._](\d+)(?:\.(\w+))?", name)
-    if found is None or (found[2] or "") not in _PARTS:
-        return ""
-    return f"blocks.{found[1]}.{_PARTS[found[2] or '']}"
