@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "lr_schedule": "constant",
     "lr_end": 0.1,
     "gba_b_dec": "fixed",
+    "multi_topk": 0.0,
     "window": 32,
 }
 """Fields that runs of before them had not, with their defaults: these keep their names."""
