@@ -86,7 +86,8 @@ def train(
     ] = "smollm2-135m-instruct-q4_1",
     disk_gb: Annotated[float, typer.Option(help="Most that --on-the-fly puts on disk, in 10^9 bytes.")] = 4.0,
     window: Annotated[
-        int, typer.Option(help="Row groups (about 6 MB) that --on-the-fly mixes at a time.")
+        int,
+        typer.Option(help="Row groups (about 6 MB) that --on-the-fly mixes; a store: --set train.window=64."),
     ] = 32,
     memory_gb: Annotated[
         float | None,

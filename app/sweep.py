@@ -210,7 +210,7 @@ def before(runs: list[Run], budget: float) -> list[str]:
             f"{sum(len(run.saes) for run in runs)} SAEs in {len(runs)} runs of {sizes}, "
             f"at most {largest / 2**30:.2f} GiB of memory at a time"
         )
-    if largest > budget:
+    if budget < largest <= free_memory():  # past that, `train` warns
         lines.append(
             f"{largest / 2**30:.2f} GiB is above the {budget / 2**30:.2f} GiB to be used: a smaller d_sae or batch needs less"
         )

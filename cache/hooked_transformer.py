@@ -36,6 +36,19 @@ def is_hooked_transformer(model: Any) -> bool:
     return hasattr(model, "hook_dict") and hasattr(model, "add_hook") and not hasattr(model, "original_model")
 
 
+def is_centred(model: Any) -> bool:
+    """Whether writing weights are centred (center_writing_weights): the stream then has mean 0 over d_model.
+
+    So it is in a HookedTransformer from `from_pretrained` and in a TransformerBridge in compatibility mode.
+    """
+    embedding = getattr(model, "W_E", None)
+    if embedding is None:
+        return False
+    some = embedding[:64].detach().float()
+    size = float(some.abs().mean())
+    return size > 0 and float(some.mean(-1).abs().max()) < _CENTRED * size
+
+
 class HookedModel:
     """Named hooks of a HookedTransformer, as far as a splice needs them."""
 
@@ -56,16 +69,6 @@ class HookedModel:
         """Where a pass begins; it is told the attention mask that the model itself makes of padded text."""
         blocks: Any = getattr(self.hf, "blocks", None)
         return blocks[0] if blocks else None
-
-    @property
-    def centred(self) -> bool:
-        """Whether writing weights are centred (center_writing_weights): the stream then has mean 0 over d_model."""
-        embedding: Any = getattr(self.hf, "W_E", None)
-        if embedding is None:
-            return False
-        some = embedding[:64].detach().float()
-        size = float(some.abs().mean())
-        return size > 0 and float(some.mean(-1).abs().max()) < _CENTRED * size
 
     def hook_names(self) -> list[str]:
         """The hooks that hold one vector a token."""

@@ -41,11 +41,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     path = run / "checkpoints" / f"step-{checkpoint.step:08d}"
     with atomic_dir(path) as tmp:
         tensors = {
-            f"{i}.{name}": t.detach().cpu().contiguous().clone()
+            f"{i}.{name}": t.detach().cpu().contiguous()
             for i, (named, _) in enumerate(checkpoint.saes)
             for name, t in named.items()
         }
-        save_file(tensors, tmp / "state.safetensors")
+        save_file(_apart(tensors), tmp / "state.safetensors")
         state = {
             "schema_version": 1,
             "step": checkpoint.step,
@@ -56,6 +56,17 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     for _, old in _folders(run)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those alone that share memory with one before, which safetensors refuses: a copy of all is a second run."""
+    seen: set[int] = set()
+    out = {}
+    for name, t in tensors.items():
+        place = t.untyped_storage().data_ptr()
+        out[name] = t.clone() if place in seen else t
+        seen.add(place)
+    return out
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:

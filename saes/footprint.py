@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ BLOCK = 128 * 2**20
 """Most that a block of pre-activations takes (`top_products.CHUNK_BYTES`)."""
 SAMPLE_ROWS, CHECK_ROWS = 16_384, 4096
 """Rows at the start and the end of a run (`training`, `trainer`)."""
-KEPT = 32 * 2**20
-"""Freed memory that the allocator does not give back, and threads."""
+KEPT = 64 * 2**20
+"""Freed pieces that the allocator does not give back; those of less than 32 MiB it keeps."""
 ENTRY = 120
 """Bytes of a stored latent of a row in a step: ids, value, row, order by latent, their gradients."""
 
@@ -85,7 +86,8 @@ def _step(c: SAEConfig, config: TrainConfig, width: int) -> float:
     places = config.batch_size * c.d_sae
     rows = 6 * 4 * config.batch_size * width
     if not c.has_k:
-        return rows + 32 * places + 4 * c.d_sae * width
+        # eight dense tensors of a batch; small ones leave gaps that the next does not fill
+        return rows + 32 * places + min(16 * places, KEPT) + 4 * c.d_sae * width
     stored = config.batch_size * c.k * ENTRY * (1 if c.fixed_k else 2)
     nested = 2 * 4 * config.batch_size * (len(c.matryoshka) + 1) * width if c.matryoshka else 0
     screened = 44 * places / 24 if config.screen != "off" else 0
@@ -126,6 +128,7 @@ def free_memory() -> float:
 def tell(saes: Sequence[SAEConfig], config: TrainConfig, source: Any, device: Any) -> None:
     """One line on stderr before a run starts, and another where it needs more than is free on its `torch.device`."""
     rows = len(source.x) if hasattr(source, "x") else 0
+    config = replace(config, window=getattr(source, "ring_window", config.window))
     need = estimate(saes, config, source.d_model, 2 * source.d_model, source.d_out, rows)["memory_bytes"]
     print(f"about {need / GIB:.2f} GiB of memory", file=sys.stderr, flush=True)
     free = free_memory()

@@ -156,12 +156,15 @@ def attach(
     saes = _by_hook(saes)
     if error not in (True, False, "detached"):
         raise UsageError(f"error is True, False or 'detached', got {error!r}")
+    from cache.hooked_transformer import is_centred
+
+    centred = is_centred(model)
     model = model if hasattr(model, "hooked") else _named(model)
     for hook, sae in saes.items():
         _check_place(model, hook, sae)
         if sae.cfg.hook and not sae.cfg.transcoder and _place(sae.cfg.hook) != _place(hook):
             misplaced(sae.cfg.hook, hook)
-        if getattr(model, "centred", False) and not sae.conventions.centred:
+        if centred and not sae.conventions.centred:
             processed(model.name)
     attached = Attached(saes, error, skip_first)
 
@@ -246,7 +249,8 @@ def processed(model: str) -> None:
     """Say it once a process."""
     print(
         f"attach: the writing weights of {model} are centred, and the SAE was trained on rows of the plain model: load it "
-        "with HookedTransformer.from_pretrained_no_processing",
+        "without processing (HookedTransformer.from_pretrained_no_processing; a TransformerBridge without "
+        "enable_compatibility_mode)",
         file=sys.stderr,
         flush=True,
     )

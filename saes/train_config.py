@@ -61,7 +61,9 @@ class TrainConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        self._check_whole(1, "steps", "batch_size", "window", "log_every", "dead_refresh_steps", "dead_window_tokens")
+        self._check_whole(
+            1, "steps", "batch_size", "window", "log_every", "dead_refresh_steps", "dead_window_tokens"
+        )
         self._check_whole(0, "warmup_steps", "seed")
         self._check_moment("beta1", "beta2")
         if self.lr is not None and not 0 < self.lr < math.inf:

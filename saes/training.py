@@ -114,6 +114,7 @@ def _run(
     log.keep_until(checkpoint.step if checkpoint else 0)
     if checkpoint is not None:
         group.load(checkpoint.saes)
+        checkpoint = checkpoint._replace(saes=[])  # each SAE has its own copy now
     else:
         sample = _sample(source, config, device)
         white = _second_moment(source, config, device) if any(c.space == "aip" for c in configs) else None

@@ -219,6 +219,8 @@ def test_a_model_with_centred_weights_is_said_once(capsys) -> None:
     for _ in range(2):
         with attach(centred, make_sae(RESID)):
             pass
+    with attach(make_bridge(), make_sae(RESID)):
+        pass
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "from_pretrained_no_processing" in lines[0]
 
@@ -284,3 +286,13 @@ def test_a_model_with_hook_points_but_no_widths_is_one_line() -> None:
     with pytest.raises(UsageError, match="no cfg") as e, attach(Odd(3, 3), {RESID: SAE(SAEConfig(d_sae=8, k=2, d_model=D))}):  # fmt: skip
         pass
     assert "\n" not in str(e.value)
+
+
+def test_a_bridge_whose_weights_were_processed_is_said(capsys) -> None:
+    bridge = make_bridge()
+    bridge.enable_compatibility_mode()
+    processed.cache_clear()
+    capsys.readouterr()
+    with attach(bridge, make_sae(RESID)):
+        pass
+    assert "enable_compatibility_mode" in capsys.readouterr().err

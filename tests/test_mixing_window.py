@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def test_another_window_is_another_order_of_the_same_rows(tmp_path: Path) -> Non
     assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
     # one row group of 16 rows at a time: rows that follow each other are from the same one
     rows = store.rows(HOOK, [*range(480)])[:, 0]
-    groups = {float(v): (i // 40, i % 40 // 16) for i, v in enumerate(rows)}  # a document of 40 rows is a shard
-    jumps = [sum(groups[float(a)] != groups[float(b)] for a, b in zip(o, o[1:])) for o in orders]
+    # a document of 40 rows is a shard
+    groups = {float(v): (i // 40, i % 40 // 16) for i, v in enumerate(rows)}
+    jumps = [sum(groups[float(a)] != groups[float(b)] for a, b in pairwise(o)) for o in orders]
     assert jumps[0] == 12 * 3 * 3 // 4 - 1 and jumps[0] < jumps[1] < jumps[2]
 
 

@@ -15,6 +15,7 @@ from cache.catalog import connect
 from cache.errors import AtomscopeError, DataError
 from cache.workspace import locked
 from saes import training
+from saes.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from saes.presets import PRESETS, topk
 from saes.sources import TensorSource
 from saes.train_config import TrainConfig
@@ -278,7 +279,9 @@ def test_a_step_that_went_wrong_after_a_resume_is_counted_from_the_start(tmp_pat
     poison(monkeypatch, 19, "good")
     with pytest.raises(DataError, match="at step 19 of"):
         train(store, [GOOD], often(RUN))
-    with pytest.raises(DataError, match=r"at step 19 of SAE good \(noticed at step 20\).*checkpoint: step 17"):
+    with pytest.raises(
+        DataError, match=r"at step 19 of SAE good \(noticed at step 20\).*checkpoint: step 17"
+    ):
         train(store, [GOOD], RUN)
 
 
@@ -294,8 +297,21 @@ def test_a_checkpoint_never_holds_a_weight_that_is_not_finite(tmp_path: Path, mo
                 self.sae.b_enc[3] = float("inf")
 
     monkeypatch.setattr(training.Trainer, "step", broken)
-    with pytest.raises(DataError, match="a weight is not finite at step 12 of SAE good.*checkpoint: step 11"):
+    with pytest.raises(
+        DataError, match=r"a weight is not finite at step 12 of SAE good.*checkpoint: step 11"
+    ):
         train(store, [GOOD], often(RUN))
+
+
+def test_a_checkpoint_holds_every_tensor_though_two_are_one_in_memory(tmp_path: Path) -> None:
+    """As the roots of two SAEs in the same whitened space may be, and the first rows of a longer tensor."""
+    x = torch.arange(12.0).view(3, 4)
+    saes = [({"root": x, "first": x[:2]}, {}), ({"root": x, "turned": x.T}, {})]
+    save_checkpoint(tmp_path, Checkpoint(5, {"epoch": 1}, saes))
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 5
+    for (tensors, _), (wanted, _) in zip(found.saes, saes, strict=True):
+        assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[n], t) for n, t in wanted.items())
 
 
 def test_a_config_made_for_another_hook_is_refused_by_name(tmp_path: Path) -> None:
