@@ -73,8 +73,8 @@ def _buffers(c: SAEConfig, config: TrainConfig, d_model: int, width: int) -> dic
     held: dict[str, float] = {"gradients": 4 * c.d_sae * width, "u": min(4.5 * places, BLOCK)}
     if not c.fixed_k:
         held |= {"mask": held["u"] / 4, "abs": held["u"] * c.signed}
-    if c.matryoshka:
-        held["nested"] = 4 * config.batch_size * (len(c.matryoshka) + 1) * (width - d_model)
+    if groups := _groups(c):
+        held["nested"] = 4 * config.batch_size * groups * (width - d_model)
     if config.screen != "off":
         # weights and rows in bfloat16, a block of their product, a block of float32
         held["half"] = 2 * (c.d_sae + config.batch_size) * (d_model + 8) + min(2 * places, BLOCK) + 2**24
@@ -88,11 +88,16 @@ def _step(c: SAEConfig, config: TrainConfig, width: int) -> float:
     if not c.has_k:
         # eight dense tensors of a batch; small ones leave gaps that the next does not fill
         return rows + 32 * places + min(16 * places, KEPT) + 4 * c.d_sae * width
-    stored = config.batch_size * c.k * ENTRY * (1 if c.fixed_k else 2)
-    nested = 2 * 4 * config.batch_size * (len(c.matryoshka) + 1) * width if c.matryoshka else 0
+    stored = config.batch_size * c.selected * ENTRY * (1 if c.fixed_k else 2)
+    nested = 2 * 4 * config.batch_size * _groups(c) * width
     screened = 44 * places / 24 if config.screen != "off" else 0
     dead = 8 * places + 4 * c.d_sae * width if c.auxk > 0 else 0
     return rows + nested + max(stored, screened) + dead
+
+
+def _groups(c: SAEConfig) -> int:
+    """Nested reconstructions of a row; 0: a single one."""
+    return 2 if c.multi_topk else len(c.matryoshka) + bool(c.matryoshka)
 
 
 def _first(c: SAEConfig, width: int) -> float:
