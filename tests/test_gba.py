@@ -276,7 +276,7 @@ def test_the_centre_stays_at_the_median_unless_it_is_trained() -> None:
         first = t.sae.b_dec.detach().clone()
         for step in range(50):
             t.step(x[step * 64 : step * 64 + 64], step)
-        centres[b_dec] = float((t.sae.b_dec - first).norm())
+        centres[b_dec] = float((t.sae.b_dec.detach() - first).norm())
         sae = t.finish()
         assert 1 - float(((sae(x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()) > 0.5
     assert centres["fixed"] == 0.0 < centres["trained"]

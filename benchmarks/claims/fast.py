@@ -162,7 +162,8 @@ def spent(found: dict[tuple[int, str], dict[str, Any]], arm: str, kind: str, met
             values = [found[s, a]["topk"][name] for s in range(seeds)]
         else:
             values = [2 ** bits(found[s, a], kind, name) for s in range(seeds)]
-        out.append(f"{np.nanmean(values):.1f}")
+        known = [v for v in values if math.isfinite(v)]
+        out.append(f"{np.mean(known):.1f}" if known else "unknown")
     return f"L0 {out[0]} and {out[1]}"
 
 
