@@ -134,7 +134,9 @@ def train(
     # a dry run makes no ring, so it does not know what such a ring has begun
     source = None if dry_run and on_the_fly is not None else data.open()
     begun = None if source is None else sweep.begun(expanded, source, budget_asked is not None, **where)
-    runs, budget = sweep.plan(expanded, data.d_model, data.d_out, budget_asked, begun)
+    runs, budget = sweep.plan(
+        expanded, data.d_model, data.d_out, budget_asked, begun, rows=data.rows, window=data.window
+    )
     described = data.described | ({} if start is None else {"warm_start": str(start)})
     if dry_run:
         print(sweep.described(runs, described, data.disk_bytes, as_json))

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -45,19 +47,27 @@ def plan(
     d_out: int = 0,
     budget: float | None = None,
     begun: list[list[list[int]]] | None = None,
+    *,
+    rows: int | None = None,
+    window: int | None = None,
 ) -> tuple[list[Run], float]:
     """What `expand` gave as runs, each within `budget` bytes where its SAEs one by one are; and the budget in use.
 
     budget: default SHARE of the free memory. begun: for each of `expanded`, the places of SAEs that stay together.
+    rows: of the store, where known; window: of a ring, in the place of the schedule's.
     """
     budget = SHARE * free_memory() if budget is None else budget
     runs = []
     for (saes, schedule), kept in zip(expanded, begun or [[]] * len(expanded), strict=True):
         rest = [i for i in range(len(saes)) if not any(i in places for places in kept)]
-        grouped = _groups(rest, saes, schedule, d_model, d_out, budget)
+        mixed = schedule if window is None else replace(schedule, window=window)
+        need = partial(
+            estimate, config=mixed, d_model=d_model, row_bytes=d_model * 2, d_out=d_out, store_rows=rows
+        )
+        grouped = _groups(rest, saes, need, budget)
         for places in sorted([*kept, *grouped], key=min):
             group = [saes[i] for i in places]
-            runs.append(Run(saes=group, schedule=schedule, need=_need(group, schedule, d_model, d_out)))
+            runs.append(Run(saes=group, schedule=schedule, need=need(group)))
     return runs, budget
 
 
@@ -143,22 +153,17 @@ def _short(value: Any) -> str:
 
 
 def _groups(
-    places: list[int], saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int, budget: float
+    places: list[int], saes: list[SAEConfig], need: Callable[..., dict[str, float]], budget: float
 ) -> list[list[int]]:
     """Places in order, as many as fit at a time; an SAE that does not fit alone is a group of its own."""
     groups: list[list[int]] = []
     for i in places:
         grown = [*groups[-1], i] if groups else [i]
-        need = _need([saes[j] for j in grown], schedule, d_model, d_out)
-        if groups and need["memory_bytes"] <= budget:
+        if groups and need([saes[j] for j in grown])["memory_bytes"] <= budget:
             groups[-1] = grown
         else:
             groups.append([i])
     return groups
-
-
-def _need(saes: list[SAEConfig], schedule: TrainConfig, d_model: int, d_out: int) -> dict[str, float]:
-    return estimate(saes, schedule, d_model, d_model * 2, d_out)
 
 
 def begun(

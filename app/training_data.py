@@ -30,6 +30,10 @@ class TrainingData:
     out_hook: str | None = None
     """Hook that transcoders predict; None: SAEs."""
     d_out: int = 0
+    rows: int | None = None
+    """Rows of the store or corpus: a window has no more."""
+    window: int | None = None
+    """Row groups that a ring mixes; None: the schedule's."""
 
 
 def stored(name: str, hook: str | None, workspace: Path | None, out_hook: str | None = None) -> TrainingData:
@@ -50,6 +54,7 @@ def stored(name: str, hook: str | None, workspace: Path | None, out_hook: str | 
         open=lambda: store,
         out_hook=out_hook,
         d_out=store.d(out_hook) if out_hook else 0,
+        rows=store.corpus.n_tokens,
     )
 
 
@@ -81,4 +86,6 @@ def on_the_fly(
         open=lambda: harvest_ring(lm, table, hooks=hooks, workspace=root, disk_bytes=size, window=window),
         out_hook=out_hook,
         d_out=lm.d_hook(out_hook) if out_hook else 0,
+        rows=table.n_tokens,
+        window=window,
     )

@@ -80,6 +80,14 @@ class HookedModel:
             options = ", ".join(nearest(name, self.hook_names()))
             more = f"did you mean {options}?" if options else "see its hook_dict"
             raise UsageError(f"{self.name} has no hook {name!r} that an SAE can be put at: {more}")
+        if name.endswith("hook_mlp_out") and getattr(self.cfg, "attn_only", False):
+            raise UsageError(f"{self.name} does not run {name}: it has attention only")
+        split = any(getattr(self.cfg, flag, False) for flag in ("use_attn_in", "use_split_qkv_input"))
+        if name.endswith("ln1.hook_normalized") and split:
+            raise UsageError(
+                f"{name} of {self.name} holds a vector for each head: call set_use_attn_in(False) and "
+                "set_use_split_qkv_input(False) first"
+            )
         if name.endswith("hook_mlp_in") and not getattr(self.cfg, "use_hook_mlp_in", False):
             raise UsageError(f"{self.name} does not run {name}: call its set_use_hook_mlp_in(True) first")
 

@@ -90,12 +90,18 @@ def check(sae: SAE, store: Any, *, max_rows: int = 20_000) -> Check:
 
 
 def _sample(sae: SAE, store: Any, hook: str, max_rows: int) -> Tensor:
-    """Rows in order of the store; position 0 only where the SAE was trained on it."""
+    """Rows from all over the store; position 0 only where the SAE was trained on it."""
     found: list[Tensor] = []
-    for batch in store.sequential(hook, batch_size=BATCH_ROWS, split=None, skip=sae.conventions.skip):
-        found.append(batch.x[hook].clone())
-        if sum(map(len, found)) >= max_rows:
-            break
+    stream = store.stream(
+        [hook], batch_size=BATCH_ROWS, seed=0, split=None, skip=sae.conventions.skip, epochs=1
+    )
+    try:
+        for batch in stream:
+            found.append(batch.x[hook].clone())
+            if sum(map(len, found)) >= max_rows:
+                break
+    finally:
+        stream.close()
     if not found:
         raise MissingDataError("the store has no rows to check the SAE on: harvest it")
     x = torch.cat(found)[:max_rows].to(sae.W_enc.device)
@@ -142,7 +148,9 @@ def _card_off(sae: SAE, store: Any, l0: float, fvu: float, stated_l0: float | No
 def _allowed(sae: SAE, store: Any, stated: float) -> float:
     """How far above the stated FVU is unremarkable: less on the text that it was measured on than on another."""
     c, corpus = sae.conventions, store.corpus
-    same_text = not c.source and c.dataset == (corpus.meta.get("name") or "") and c.context == corpus.context
+    name = corpus.meta.get("name") or ""
+    # every list of documents has the same name
+    same_text = not c.source and c.dataset == name != "texts" and c.context == corpus.context
     return OWN_FVU_OFF + OWN_FVU_SHARE * stated if same_text else FVU_OFF
 
 

@@ -77,7 +77,7 @@ class SAEConfig(CheckedConfig):
     matryoshka: tuple[int, ...] = ()
     """Prefixes of the latents that must reconstruct alone, rising and below d_sae; empty: none. TopK families only."""
     bias_rule: Literal["gradient", "gba", "frozen"] = "gradient"
-    """frozen: b_enc (gated: b_mag too) stays at 0. gba: group bias adaptation (saes/gba.py) sets b by firing rates; weights are tied, W_dec = a W_enc with unit rows
+    """frozen: b_enc (gated: b_mag too) stays at 0 in the space of training. gba: group bias adaptation (saes/gba.py) sets b by firing rates; weights are tied, W_dec = a W_enc with unit rows
     of W_enc. jumprelu is its un-shifted form (the threshold is -b), relu the shifted one (b_enc is b)."""
     gba_groups: int = 10
     """gba: groups of latents, each with a target frequency; 1: plain bias adaptation at gba_htf."""

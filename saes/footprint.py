@@ -39,8 +39,11 @@ def estimate(
     row_bytes: int,
     d_out: int = 0,
     tensor_rows: int = 0,
+    store_rows: int | None = None,
 ) -> dict[str, float]:
     """Peak memory and disk of a run in bytes.
+
+    store_rows: of the store, where they are known: a window has no more.
 
     row_bytes: of a stored row; d_out: width of what transcoders predict, whose rows are read too, 0: SAEs; tensor_rows: of
     data in memory, which is not counted but for the copy that its norms take, 0: a store.
@@ -57,7 +60,7 @@ def estimate(
     start = 4 * 4 * (SAMPLE_ROWS + config.batch_size) * read + max(_first(c, width) for c in saes)
     state = 12 * parameters + 24 * sum(c.d_sae for c in saes)
     moving = max(start, sum(held.values()) + max(step, end))
-    memory = state + moving + KEPT + (0 if tensor_rows else _windows(config, d_model, d_out))
+    memory = state + moving + KEPT + (0 if tensor_rows else _windows(config, d_model, d_out, store_rows))
     return {
         "parameters": parameters,
         "memory_bytes": max(memory, 8 * tensor_rows * max(d_model, d_out)),
@@ -92,7 +95,9 @@ def _step(c: SAEConfig, config: TrainConfig, width: int) -> float:
     nested = 2 * 4 * config.batch_size * _groups(c) * width
     screened = 44 * places / 24 if config.screen != "off" else 0
     dead = 8 * places + 4 * c.d_sae * width if c.auxk > 0 else 0
-    return rows + nested + max(stored, screened) + dead
+    # pairs of nearest atoms are looked up in blocks; a decoder that is pulled apart has gradients of its own
+    apart = 8 * 1024 * c.d_sae + 20 * c.d_sae * width if c.separability else 0
+    return rows + nested + max(stored, screened) + dead + apart
 
 
 def _groups(c: SAEConfig) -> int:
@@ -115,9 +120,10 @@ def _end(c: SAEConfig, width: int, read: int) -> float:
     return saved + 2 * 4 * SAMPLE_ROWS * read + tried
 
 
-def _windows(config: TrainConfig, d_model: int, d_out: int) -> float:
+def _windows(config: TrainConfig, d_model: int, d_out: int, store_rows: int | None) -> float:
     """Two windows of rows and their order, and the batches that a stream hands out in turn."""
     rows = config.window * rows_per_group(2 * d_model)
+    rows = rows if store_rows is None else min(rows, store_rows)
     return 2 * rows * (2 * (d_model + d_out) + 16) + 40 * rows + 12 * config.batch_size * (d_model + d_out)
 
 
@@ -134,7 +140,10 @@ def tell(saes: Sequence[SAEConfig], config: TrainConfig, source: Any, device: An
     """One line on stderr before a run starts, and another where it needs more than is free on its `torch.device`."""
     rows = len(source.x) if hasattr(source, "x") else 0
     config = replace(config, window=getattr(source, "ring_window", config.window))
-    need = estimate(saes, config, source.d_model, 2 * source.d_model, source.d_out, rows)["memory_bytes"]
+    store = None if rows else source.store.corpus.n_tokens
+    need = estimate(saes, config, source.d_model, 2 * source.d_model, source.d_out, rows, store)[
+        "memory_bytes"
+    ]
     print(f"about {need / GIB:.2f} GiB of memory", file=sys.stderr, flush=True)
     free = free_memory()
     if device.type == "cuda":

@@ -57,13 +57,15 @@ class _Error(torch.autograd.Function):
                 torch.mul(r, weights[g], out=out[:, g])
             for g in range(groups - 2, -1, -1):
                 out[:, g] += out[:, g + 1]
-        ctx.after = after
+        ctx.after, ctx.version = after, after._version
         return total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.after is None:
-            raise RuntimeError("the gradient of nested errors can be asked for once: compute the error again")
+        if ctx.after is None or ctx.after._version != ctx.version:
+            raise RuntimeError(
+                "the gradient of nested errors can be asked for once, before the next error: compute it again"
+            )
         g_parts, ctx.after = ctx.after.mul_(2 * g), None
         rows = g_parts[:, 0]
         return g_parts, rows.sum(0), -rows if ctx.needs_input_grad[2] else None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,9 @@ from saes.config import SAEConfig
 from saes.metrics import SINK_RATIO
 from saes.sae import as_tensor
 from saes.train_config import TrainConfig
+
+FEWEST = 0.01
+"""Share of the rows that those past position 0 must be for their norm to be the usual one."""
 
 
 class Moments(NamedTuple):
@@ -138,13 +142,14 @@ class RingSource(StoreSource):
 
 
 def _usual_moments(store: Any, hook: str, cfg: TrainConfig, **more: Any) -> Moments:
-    """Position 0 is left out even where it is trained on; where there is no other row, it is all there is."""
+    """Position 0 is left out even where it is trained on; where hardly another row is, it is what there is."""
     parts = cfg.skip.split("+") if cfg.skip else []
     usual = cfg.skip if "first" in parts else "+".join(["first", *parts])
-    try:
-        s = store.stats(hook, split=cfg.split, skip=usual, **more)
-    except MissingDataError:
-        s = store.stats(hook, split=cfg.split, skip=cfg.skip, **more)
+    s = store.stats(hook, split=cfg.split, skip=cfg.skip, **more)
+    if usual != cfg.skip:
+        with suppress(MissingDataError):
+            others = store.stats(hook, split=cfg.split, skip=usual, **more)
+            s = others if others.n > FEWEST * s.n else s
     return Moments(s.n, float(s.mean_norm))
 
 

@@ -26,7 +26,7 @@ class TrainConfig(CheckedConfig):
     decay_fraction: float = 0.2
     """Last share of the run over which the learning rate falls linearly to 0."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate between warm-up and decay. cosine: from the peak down to its share lr_end."""
+    """Learning rate between warm-up and decay, if there is anything between. cosine: from the peak down to its share lr_end."""
     lr_end: float = 0.1
     """cosine: share of the peak at which the decay begins."""
     beta1: float = 0.9
@@ -95,8 +95,9 @@ class TrainConfig(CheckedConfig):
         rise = min(1.0, (step + 1) / warm)
         fall = min(1.0, (self.steps - step) / max(1, decay))
         level = 1.0
-        if self.lr_schedule == "cosine":
-            done = min(1.0, max(0, step - warm) / max(1, self.steps - warm - decay))
+        between = self.steps - warm - decay
+        if self.lr_schedule == "cosine" and between > 0:
+            done = min(1.0, max(0, step - warm) / between)
             level = self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * done)) / 2
         return self.peak_lr(d_sae, own) * min(rise, fall) * level
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def train(
     root = workspace_path(workspace) if workspace is not None else getattr(data, "workspace", None)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_data_path(configs, config, source)
+    if hasattr(source, "ring_window"):  # the ring's own, and part of its name
+        config = replace(config, window=TrainConfig.window)
     warm = warm_starts.resolve(warm_start, configs)
     name = run_name(configs, config, source, warm)
     run = None if root is None else Path(root) / "saes" / name
@@ -180,8 +183,9 @@ def _finish(
             continue
         sae = t.finish(None if check is None else check.x)
         last = own[-1] if own else {"l0": None, "fvu": None}
-        # that of normalised or whitened rows says nothing about rows as they are
-        fvu = last["fvu"] if t.cfg.space in ("raw", "scalar") else None
+        # that of normalised or whitened rows, or of some roles alone, says nothing about the rows that a check sees
+        usual = t.cfg.space in ("raw", "scalar") and config.skip in (None, "first")
+        fvu = last["fvu"] if usual else None
         sae.conventions = of_training(source, config.skip, last["l0"], fvu)
         path = sae.save(group.run / folder_of(i, t.cfg)) if group.run is not None else None
         if path is not None and t.aip is not None:

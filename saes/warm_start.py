@@ -23,6 +23,7 @@ from saes.sae import SAE, fold_input_scale, fold_whitening
 
 WarmStart = SAE | str | Path | None
 UNIT_TOLERANCE = 1e-3
+FROZEN_TOLERANCE = 1e-3
 ONE_THRESHOLD = 1e-5
 """Thresholds of a JumpReLU SAE are one where they differ by at most this share of the largest."""
 
@@ -92,11 +93,24 @@ def warm_start(trainer: Any, sae: SAE, sample: Tensor) -> None:
     else:
         fold_input_scale(s, 1 / trainer.scale)
     _unit_rows(s)
+    if cfg.bias_rule == "frozen":
+        _refuse_biases(s)
     if not cfg.fixed_k and cfg.has_k:
         trainer.theta.fill_(s.threshold.double().mean())
     if cfg.activation == "jumprelu":
         x = trainer.input_rows(sample[:1024])
         trainer.eps = cfg.bandwidth * ((x - s.centre) @ s.W_enc.T + s.b_enc).std().item()
+
+
+def _refuse_biases(s: SAE) -> None:
+    """A frozen bias is 0 in the space of training; another one would stay for ever."""
+    size = float(s.W_enc.abs().mean())
+    for name in ("b_enc", "b_mag"):
+        if hasattr(s, name) and float(getattr(s, name).abs().max()) > FROZEN_TOLERANCE * size:
+            raise DataError(
+                f"warm start of {s.cfg.label}: frozen biases stay at 0, and the given SAE has a {name} of its own: take "
+                "bias_rule='gradient', or an SAE that was trained with frozen biases on the same data"
+            )
 
 
 def _unfold_transcoder(s: SAE, scale: float, scale_out: float, shift: Tensor) -> None:

@@ -296,3 +296,13 @@ def test_a_bridge_whose_weights_were_processed_is_said(capsys) -> None:
     with attach(bridge, make_sae(RESID)):
         pass
     assert "enable_compatibility_mode" in capsys.readouterr().err
+
+
+def test_hooks_that_the_model_does_not_run_or_splits_by_head_are_one_line() -> None:
+    """A splice there would do nothing, or fail in the middle of a pass."""
+    with pytest.raises(UsageError, match="attention only"):
+        HookedModel(make_model(attn_only=True)).check_hook(MLP)
+    whole = make_model()
+    whole.set_use_split_qkv_input(True)
+    with pytest.raises(UsageError, match="for each head"):
+        HookedModel(whole).check_hook("blocks.1.ln1.hook_normalized")

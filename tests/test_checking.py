@@ -196,3 +196,29 @@ def test_text_that_an_sae_was_not_trained_on_may_be_harder(space) -> None:
 def check_with(sae: SAE, conventions: Conventions, store) -> tuple[str, ...]:
     sae.conventions = conventions
     return check(sae, store).warnings
+
+
+@pytest.mark.parametrize("skip", ["special", "first+special"])
+def test_an_sae_of_some_rows_alone_states_no_fvu_for_the_others(skip: str, space) -> None:
+    """check sees all rows: a figure of the other tokens alone would be an alarm about a good SAE."""
+    store = space[0]
+    config = TrainConfig(steps=3, batch_size=32, lr=5e-3, screen="off", skip=skip)
+    assert train(store, SAEConfig(d_sae=24, k=3), config)[0].sae.conventions.fvu is None
+    first = train(store, SAEConfig(d_sae=24, k=3), replace(config, skip="first"))[0].sae
+    assert first.conventions.fvu is not None
+
+
+def test_text_that_changes_half_way_through_a_store_is_no_alarm(tmp_path: Path) -> None:
+    """The first rows of a store of two sources are not what training saw."""
+    gen = torch.Generator().manual_seed(0)
+    corpus = make_corpus(tmp_path, [40] * 200)
+    n = corpus.n_tokens
+    atoms = torch.linalg.qr(torch.randn(D, D, generator=gen))[0]
+    active = torch.where(torch.arange(n) < n // 2, 6, 3)
+    rank = torch.rand(n, D, generator=gen).argsort(1).argsort(1)
+    x = ((rank < active[:, None]) * (7 + torch.rand(n, D, generator=gen) * 7)) @ atoms + 3
+    store = empty_store(tmp_path, corpus, prepend_bos=False, rows_per_shard=1000)
+    fill(store, {HOOK: x}, group_rows=100)
+    config = TrainConfig(steps=300, batch_size=256, lr=5e-3, screen="off")
+    sae = train(store, SAEConfig(d_sae=24, k=3), config)[0].sae
+    assert not check(sae, store, max_rows=n // 4).warnings

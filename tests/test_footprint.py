@@ -59,6 +59,7 @@ CASES = [
     ("batch_abs_topk", 8, 2048, {"k": 32}),
     ("jumprelu", 1, 4096, {}),
     ("matryoshka", 1, 4096, {"k": 32}),
+    ("topk", 1, 4096, {"k": 32, "separability": 0.1}),
 ]
 
 
@@ -98,6 +99,22 @@ def test_what_makes_a_run_larger_makes_its_estimate_larger() -> None:
     groups = [(512, 1024), (256, 512, 1024, 2048)]
     few, many = (need([matryoshka(d_sae=4096, k=32, matryoshka=g)], d_model=2048) for g in groups)
     assert many - few >= 2 * 4096 * 2048 * 4
+
+
+def test_a_window_has_no_more_rows_than_the_store() -> None:
+    sae, config = [topk(d_sae=64, k=2)], TrainConfig(window=1000)
+    few, many = (estimate(sae, config, 512, 1024, store_rows=n)["memory_bytes"] for n in (5_000, None))
+    assert few < many / 10
+    runs, _ = sweep.plan([([topk(d_sae=64, k=2), topk(d_sae=64, k=3)], config)], 512, budget=1e9, rows=5_000)
+    assert [len(r.saes) for r in runs] == [2]
+
+
+def test_a_ring_s_own_window_counts_in_the_plan() -> None:
+    saes = [topk(d_sae=64, k=2)]
+    usual, wide = (
+        sweep.plan([(saes, TrainConfig())], 512, budget=1e12, window=w)[0][0].need for w in (None, 1000)
+    )
+    assert wide["memory_bytes"] > 5 * usual["memory_bytes"]
 
 
 def test_a_run_says_what_memory_it_will_take_before_it_starts(capsys, monkeypatch) -> None:

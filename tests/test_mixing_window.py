@@ -92,3 +92,12 @@ def test_a_ring_refuses_a_window_that_is_not_its_own(make_ring: Any) -> None:  #
     """It would be trained with the ring's, under the name of the other."""
     with pytest.raises(UsageError, match=f"mixes {WINDOW} row groups.*harvest_ring.window=64"):
         train(make_ring(), topk(d_sae=24, k=2), TrainConfig(steps=2, window=64))
+
+
+def test_naming_a_ring_s_own_window_is_the_same_run(make_ring: Any) -> None:  # noqa: F811 (the fixture)
+    """Another name would train a finished run again."""
+    paths = [
+        train(make_ring(), topk(d_sae=24, k=2), TrainConfig(steps=2, batch_size=8, **more))[0].path
+        for more in ({}, {"window": WINDOW})
+    ]
+    assert paths[0] == paths[1] is not None

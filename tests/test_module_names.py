@@ -31,6 +31,7 @@ def make_model(family: str) -> Any:
             "llama": lambda: t.LlamaConfig(num_key_value_heads=2, **wide, **more),
             "gpt2": lambda: t.GPT2Config(n_embd=D, n_layer=2, n_head=4, n_positions=64, **more),
             "gpt_neox": lambda: t.GPTNeoXConfig(use_parallel_residual=False, **wide, **more),
+            "gemma": lambda: t.GemmaConfig(num_key_value_heads=2, head_dim=4, pad_token_id=0, **wide, **more),
             "gemma-2": lambda: t.Gemma2Config(num_key_value_heads=2, head_dim=4, pad_token_id=0, **wide, **more),
         }[family]()  # fmt: skip
         return t.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -106,3 +107,19 @@ def test_a_module_without_a_name_here_is_refused_with_the_way_out(tmp_path: Path
     cfg["metadata"]["hook_name"] = "blocks.1.hook_mlp_out"
     (path / "cfg.json").write_text(json.dumps(cfg))
     assert SAE.load(path).cfg.hook == "blocks.1.hook_mlp_out"
+
+
+@pytest.mark.parametrize(
+    ("model", "hook"),
+    [
+        ("google/gemma-2b", "blocks.1.hook_mlp_out"), ("google/gemma-2b-it", "blocks.1.hook_mlp_out"),
+        ("google/gemma-7b", "blocks.1.hook_mlp_out"), ("google/codegemma-2b", "blocks.1.hook_mlp_out"),
+        ("google/gemma-2-2b", ""), ("google/gemma-2-27b-it", ""), ("google/gemma-3-270m", ""), ("google/gemma3-1b", ""),
+        ("google/medgemma-4b-it", ""),
+    ],
+)  # fmt: skip
+def test_the_first_gemma_is_not_taken_for_the_second_by_its_2b(model: str, hook: str) -> None:
+    """Gemma 2 and 3 normalise what a layer writes, the first one does not: its post_attention_layernorm reads."""
+    assert hook_of("model.layers.1.mlp", model) == hook
+    if hook:
+        assert hook_of("model.layers.1.post_attention_layernorm", model) == ""

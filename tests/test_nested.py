@@ -46,3 +46,15 @@ def test_a_second_walk_back_is_an_error_and_not_a_wrong_gradient() -> None:
     error.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         error.backward()
+
+
+def test_a_gradient_that_another_error_has_overwritten_is_an_error_and_not_wrong() -> None:
+    """Two forward passes on one set of buffers before the first backward."""
+    scratch = Scratch()
+    a, b = leaves(3, 2, 4), leaves(3, 2, 4)
+    first = Nested(a[0], a[1], scratch, (1.0, 1.0)).error(a[2])
+    second = Nested(b[0], b[1], scratch, (1.0, 1.0)).error(b[2])
+    with pytest.raises(RuntimeError, match="before the next"):
+        first.backward()
+    second.backward()
+    assert b[0].grad is not None

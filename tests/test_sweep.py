@@ -160,7 +160,8 @@ def test_one_sae_that_diverges_alone_ends_the_command_with_its_step(capsys, tmp_
 def test_the_same_sweep_keeps_its_runs_whatever_memory_is_free(capsys, tmp_path: Path, monkeypatch) -> None:
     job = JOB | {"grid": {"k": [1, 2, 3, 4]}}
     saes, schedule = sweep.expand(job)[0]
-    three = estimate(saes[:3], schedule, 8, 16)["memory_bytes"]
+    rows = make_store(tmp_path, d=8)[0].corpus.n_tokens
+    three = estimate(saes[:3], schedule, 8, 16, store_rows=rows)["memory_bytes"]
     monkeypatch.setattr(sweep, "free_memory", lambda: three * 1.0000001 / sweep.SHARE)
     assert command(capsys, tmp_path, job)[0] == 0
     before = folders(tmp_path)

@@ -24,7 +24,7 @@ from saes.train_config import TrainConfig
 from saes.trainer import Trainer
 from saes.training import train
 from tests.children import started
-from tests.corpora import HOOK, make_store
+from tests.corpora import HOOK, empty_store, fill, make_corpus, make_store
 
 CPU = torch.device("cpu")
 
@@ -393,6 +393,13 @@ def test_the_learning_rate_is_that_of_sae_lens_at_every_step(schedule: str, deca
         theirs.step()
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.95, 1.0])
+def test_a_cosine_without_room_between_warm_up_and_decay_is_that_decay(decay: float) -> None:
+    c = TrainConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=decay, lr_schedule="cosine")
+    plain = replace(c, lr_schedule="constant")
+    assert [c.lr_at(s, 64) for s in range(100)] == [plain.lr_at(s, 64) for s in range(100)]
+
+
 @pytest.mark.parametrize("bad", [{"lr_schedule": "step"}, {"lr_end": -0.1}, {"lr_end": 1.5}])
 def test_a_schedule_that_means_nothing_is_refused(bad: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
@@ -506,6 +513,15 @@ def test_a_store_trained_on_with_position_0_has_the_scale_of_the_other_rows(
     found = source.moments(TrainConfig(skip=skip)).mean_norm
     assert found == pytest.approx(store.stats(HOOK, split="train", skip="+".join(parts)).mean_norm)
     assert store.stats(HOOK, split="train", skip=None).mean_norm != pytest.approx(found)
+
+
+def test_a_few_rows_past_position_0_do_not_set_the_scale_of_a_store_of_single_tokens(tmp_path: Path) -> None:
+    x = make_store(tmp_path, [1] * 300 + [3])[1]
+    x[HOOK][300:] *= 1e-3
+    again = empty_store(tmp_path / "small", make_corpus(tmp_path / "small", [1] * 300 + [3]))
+    fill(again, x)
+    found = StoreSource(again, HOOK).moments(TrainConfig(skip=None)).mean_norm
+    assert found == pytest.approx(again.stats(HOOK, split="train", skip=None).mean_norm)
 
 
 def test_geometric_median_survives_an_outlier_and_a_point_on_itself() -> None:

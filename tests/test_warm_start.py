@@ -173,3 +173,14 @@ def test_a_warm_started_run_keeps_improving(x: Tensor) -> None:
     given = train(x, [config("topk")], EARLIER)[0].sae
     more = TrainConfig(steps=60, batch_size=200, lr=1e-3, screen="off", log_every=20)
     assert fvu(train(x, [config("topk")], more, warm_start=given)[0].sae, x) < fvu(given, x)
+
+
+def test_frozen_biases_take_no_bias_from_another_sae(x: Tensor) -> None:
+    """They would keep it for ever, and the config says that they are 0."""
+    config = TrainConfig(steps=20, batch_size=64, lr=5e-3, screen="off")
+    usual = train(x, topk(d_sae=32, k=3), config)[0].sae
+    frozen = topk(d_sae=32, k=3, bias_rule="frozen")
+    with pytest.raises(DataError, match="b_enc of its own"):
+        train(x, frozen, config, warm_start=usual)
+    first = train(x, frozen, config)[0].sae
+    assert not train(x, frozen, config, warm_start=first)[0].sae.b_enc.any()

@@ -174,6 +174,7 @@ def on_store(report: Report, store: Any, args: Any) -> None:
         runs.append({"table": table, "width": by_width, "angles": angles(store, hook, aip, seed)})
         print(f"store seed {seed}: {runs[-1]}", flush=True)
     report.data["store"] = runs
+    report.data["settings"] = {n: getattr(args, n) for n in ("steps", "batch", "recovery")}
     judge_store(report, runs, store.d(hook), args)
 
 
@@ -262,6 +263,8 @@ def angles(store: Any, hook: str, aip: AIP, seed: int) -> dict[str, float]:
 def judge_again(report: Report, args: Any) -> None:
     """The claims from the values of an earlier output."""
     report.earlier(args.judge)
+    for name, value in report.data.get("settings", {}).items():
+        setattr(args, name, value)
     for name in ("S9", "S9-zipf"):
         if name in report.data:
             judge_suite(report, name)

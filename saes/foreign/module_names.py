@@ -24,6 +24,6 @@ def hook_of(name: str, model: str = "") -> str:
     if re.fullmatch(_BEFORE + r"(?:embed_tokens|embed_in|wte)", name):
         return "hook_embed"
     found = re.fullmatch(_BEFORE + r"(?:layers|h)[._](\d+)(?:\.(\w+))?", name)
-    parts = _NORMED if re.search(r"gemma-?[23]", model.lower()) else _PARTS
+    parts = _NORMED if re.search(r"gemma-?[23](?!\d*b)|shieldgemma|medgemma", model.lower()) else _PARTS
     part = None if found is None else parts.get(found[2] or "")
     return f"blocks.{found[1]}.{part}" if found and part else ""
