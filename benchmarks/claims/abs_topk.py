@@ -14,7 +14,7 @@ Registered before the run (smallest effect that counts; verdicts as in _common.p
                other pole is dear (added after a look at seed 0: judged on seeds 10, 11, 12)
         fvu_narrow_k<k>_width<w>, fvu_2n_narrow_k<k>_width<w>    the same two claims
     width      2 d, 4 d, 8 d;   tokens  half, once and twice the steps;   layer  every hook of the store
-        the same two claims for each value (--full: all parts, at twice the steps)
+        the same two claims for each value (--full: all parts)
     poles      3 seeds, k = 32, width 2,304: share of alive features both of whose poles have a proxy_score of 2.5 or more
         two_poles             AbsTopK - TopK read with both signs                   at least 0.10
                (paper, by a language model on Gemma-2-2B: 29.7 % against 5.3 %)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--suite-steps", type=int, default=1500, help="training steps on S4 and S5")
     args = parsed(parser, argv)
-    args.steps = args.steps or (600 if args.full else 300)
+    args.steps = args.steps or 300
     parts = args.parts or (PARTS if args.full else DEFAULT)
     report = Report("AbsTopK (arXiv 2510.00404)", args.out)
     if "synthetic" in parts:
