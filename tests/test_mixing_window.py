@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cache.errors import DataError, UsageError
-from saes import training
 from saes.presets import topk
 from saes.runs import run_name
 from saes.sources import StoreSource
 from saes.train_config import TrainConfig
 from saes.training import train
 from tests.corpora import HOOK, make_store
+from tests.kills import killed_at
 from tests.rings import WINDOW, make_ring, ring_corpus, ring_space  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
@@ -52,18 +52,8 @@ def test_a_run_with_its_own_window_resumes_bit_for_bit(tmp_path: Path, monkeypat
     other, _ = make_store(tmp_path / "b", [40] * 30)
     config = TrainConfig(steps=60, batch_size=64, screen="off", log_every=10, window=3)
     whole = train(store, topk(d_sae=24, k=2), config)[0]
-    real = training.save_checkpoint
-
-    def killed(run: Path, checkpoint: Any) -> Path:
-        path = real(run, checkpoint)
-        if checkpoint.step == 23:
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(training, "save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(23, monkeypatch):
         train(other, topk(d_sae=24, k=2), TrainConfig(**(config.to_dict() | {"checkpoint_seconds": -1.0})))
-    monkeypatch.setattr(training, "save_checkpoint", real)
     resumed = train(other, topk(d_sae=24, k=2), config)[0]
     for name, tensor in whole.sae.state_dict().items():
         assert torch.equal(tensor, resumed.sae.state_dict()[name]), name

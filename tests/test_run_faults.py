@@ -22,6 +22,7 @@ from saes.train_config import TrainConfig
 from saes.training import train
 from tests.children import started
 from tests.corpora import HOOK, OTHER, make_store
+from tests.kills import killed_at
 from tests.test_training import planted
 
 RUN = TrainConfig(steps=40, batch_size=32, screen="off", log_every=5, warmup_steps=2, grad_clip=0)
@@ -132,18 +133,8 @@ def test_a_dropped_sae_stays_dropped_after_a_kill_and_the_others_go_on_exactly(
     other, _ = make_store(tmp_path / "b", [40] * 20)
     job = [GOOD, BAD, topk(d_sae=32, k=3, name="third")]
     whole = train(store, job, RUN)
-    real = training.save_checkpoint
-
-    def killed(run: Path, checkpoint: Any) -> Path:
-        path = real(run, checkpoint)
-        if checkpoint.step == 20:
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(training, "save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(20, monkeypatch):
         train(other, job, often(RUN))
-    monkeypatch.setattr(training, "save_checkpoint", real)
     running = record_of(tmp_path / "b")
     assert running["status"] == "running" and [f["sae"] for f in running["failed"]] == ["1-bad"]
     stepped = []
